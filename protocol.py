@@ -1,0 +1,568 @@
+"""The wire of the chat: what both ends must agree on, and nothing else.
+
+Bytes go in and lines come out; a line goes in and says what it is::
+
+    >>> framer = Framer()
+    >>> framer.feed(b"alice: hel")
+    []
+    >>> framer.feed(b"lo\\r\\n")
+    [b'alice: hello']
+    >>> parse("alice: hello")
+    Line(kind=<Kind.SAID: 'said'>, name='alice', text='hello')
+    >>> str(parse("alice: hello"))
+    'alice: hello'
+
+All that is visible to people on the wire is worded here, and bytes become
+text, and text bytes, here alone.  Nothing here touches a socket, a thread or a
+clock, but for `Connection`, which stands last and apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import re
+import select
+import socket
+import textwrap
+import threading
+import time
+from dataclasses import dataclass
+
+__version__ = "1.0.0"
+
+# --- Limits ------------------------------------------------------------------
+
+FORMAT = "ascii"  # what every terminal, log and nc can carry
+FORMATS = ("ascii", "utf-8")
+HOST = "127.0.0.1"  # a program that nobody configured is not open to the network
+PORT = 55555
+
+MAX_LINE = 1024  # bytes of a client's line with its newline; twice IRC's 512
+MAX_SERVER_LINE = 1152  # bytes: a client's longest line behind a name, a time and marks
+MAX_UNFRAMED = 64 * 1024  # bytes without a newline: whoever sends them does not speak lines
+MAX_NAME = 24  # letters, so that a name never pushes the text out of sight
+MIN_KEY = 16  # hex digits: 64 bits cannot be guessed in the time a name is held
+MAX_KEY = 128  # hex digits, as many as a SHA-512 has
+MAX_POSITION_DIGITS = 18  # what fits a signed 64-bit integer, as in SQLite
+
+REPLAY = 20  # lines of the history for a newcomer that asks for nothing else
+
+# --- Errors ------------------------------------------------------------------
+
+
+class Refusal(ValueError):
+    """What was given cannot be taken; its text says why and how to mend it."""
+
+
+# --- Framing -----------------------------------------------------------------
+
+
+class Framer:
+    """Cut a stream of bytes into lines, whatever chunks it comes in.
+
+    A line comes out without its newline and the ``\\r`` before it.  One that is
+    longer than `limit` bytes comes out too, cut short but still too long for
+    `decode`, so that it is refused in its place and memory stays bounded.
+    """
+
+    def __init__(self, limit: int = MAX_LINE) -> None:
+        self.limit = limit
+        self.overrun = False  # MAX_UNFRAMED bytes came without a newline: no line follows
+        self._partial = b""  # the start of the next line, at most `limit` + 1 bytes
+        self._unframed = 0  # bytes since the last newline, kept or not
+
+    @property
+    def partial(self) -> bytes:
+        """The beginning of the line that has no newline yet."""
+        return self._partial
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take the next bytes and return the lines that they complete."""
+        if self.overrun:
+            return []
+        pieces = data.split(b"\n")
+        self._unframed += len(pieces[0])
+        pieces[0] = self._partial + pieces[0]
+        if self._unframed >= MAX_UNFRAMED or len(data) >= MAX_UNFRAMED:
+            self._stop_at_overrun(pieces)
+        if len(pieces) > 1:
+            self._unframed = len(pieces[-1])
+        self._partial = pieces.pop()[: self.limit + 1]
+        return [piece.removesuffix(b"\r") for piece in pieces]
+
+    def _stop_at_overrun(self, pieces: list[bytes]) -> None:
+        """Drop the first piece that is too long for any line, and all behind it."""
+        lengths = [self._unframed, *map(len, pieces[1:])]
+        for index, length in enumerate(lengths):
+            if length >= MAX_UNFRAMED:
+                self.overrun = True
+                pieces[index:] = [b""]
+                return
+
+
+def foreign_protocol(start: bytes) -> str:
+    """Name the other protocol that a connection's first bytes plainly belong to, or ''."""
+    if start.startswith(b"\x16\x03"):  # a TLS handshake record, version 3.x
+        return "TLS"
+    first = start.partition(b"\n")[0]
+    if re.fullmatch(rb"[A-Z]{3,7} \S+ HTTP/\d(\.\d)?\r?", first):
+        return "HTTP"
+    if first.startswith(b"SSH-"):
+        return "SSH"
+    return ""
+
+
+# --- Text --------------------------------------------------------------------
+
+_JOINER = re.compile(r"(?<=[^\s\u200c\u200d])[\u200c\u200d](?=[^\s\u200c\u200d])")
+_SPACE = re.compile(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+
+
+def is_printable(text: str) -> bool:
+    """Tell whether a terminal shows every character as itself.
+
+    No control, format or unassigned characters and so no bidirectional
+    overrides; a joiner is allowed between two characters, as emoji have it.
+    """
+    if text.isascii():
+        return text.isprintable()
+    return _SPACE.sub(" ", _JOINER.sub("", text)).isprintable()
+
+
+def decode(line: bytes, fmt: str = FORMAT, limit: int = MAX_LINE) -> str:
+    """Turn a line as it came into text; raise `Refusal` for what is not text.
+
+    A tab becomes a space.  `limit` counts the newline that `line` has lost.
+    """
+    if len(line) >= limit:
+        raise Refusal(f"a line has at most {limit - 1} bytes; send it in parts")
+    try:
+        text = line.decode(fmt).replace("\t", " ")
+    except UnicodeDecodeError:
+        raise Refusal(_not_in(fmt)) from None
+    if not is_printable(text):
+        raise Refusal(_not_in(fmt))
+    return text
+
+
+def encode(text: str, fmt: str = FORMAT, limit: int = MAX_LINE) -> bytes:
+    """Turn text into a line with its newline; raise `Refusal` for what no line can carry."""
+    try:
+        line = text.replace("\t", " ").encode(fmt)
+    except UnicodeEncodeError as error:
+        raise Refusal(f"{_not_in(fmt)}, and {text[error.start]!r} is not") from None
+    decode(line, fmt, limit)
+    return line + b"\n"
+
+
+def _not_in(fmt: str) -> str:
+    return f"only printable {fmt.upper()} characters can be sent here"
+
+
+def escape(data: bytes | str, fmt: str = FORMAT) -> str:
+    """Make bytes or text from anywhere safe to show: what is not printable as \\x.. or \\u...."""
+    text = data.decode(fmt, "backslashreplace") if isinstance(data, bytes) else data
+    if is_printable(text):
+        return text
+    return "".join(
+        c if is_printable(c) else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+# --- Names -------------------------------------------------------------------
+
+_NAME = rf"[A-Za-z][A-Za-z0-9_-]{{0,{MAX_NAME - 1}}}"
+_NAME_ALONE = re.compile(_NAME)
+RESERVED = frozenset({"server"})
+
+
+def check_name(name: str) -> str:
+    """Return `name` if a person can have it, else raise `Refusal`."""
+    if not name:
+        raise Refusal("a name cannot be empty; choose one")
+    if not _NAME_ALONE.fullmatch(name):
+        raise Refusal(
+            f"a name is one word of at most {MAX_NAME} letters, digits, - and _,"
+            " and begins with a letter; choose another"
+        )
+    if fold(name) in RESERVED:
+        raise Refusal(f'the name "{name}" is reserved; choose another')
+    return name
+
+
+def fold(name: str) -> str:
+    """Return the form of a name under which it is unique."""
+    return name.lower()
+
+
+# --- What the client sends ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """The answer to ``NICK``: a name and where the conversation starts for it."""
+
+    name: str
+    position: int | None = None  # of the first room line wanted; None: the last ones
+    last: int = REPLAY  # how many of them
+    wants_position: bool = False  # FROM was given: answer with ``-> at N``
+    key: str = ""  # with it, its owner takes its place back from a lost connection
+
+    def __str__(self) -> str:
+        start = f"-{self.last}" if self.position is None else str(self.position)
+        return " ".join(filter(None, (self.name, start, self.key)))
+
+
+_FROM = re.compile(rf"-?\d{{1,{MAX_POSITION_DIGITS}}}", re.ASCII)
+_KEY = re.compile(rf"[0-9a-fA-F]{{{MIN_KEY},{MAX_KEY}}}")
+
+
+def introduction(text: str) -> Introduction:
+    """Read the answer to ``NICK``: ``NAME [FROM [KEY]]``; raise `Refusal` for anything else."""
+    words = text.split()
+    if len(words) < 2:
+        return Introduction(check_name(text.strip()))
+    name, start, *key = words
+    if not _FROM.fullmatch(start) or len(key) > 1 or (key and not _KEY.fullmatch(key[0])):
+        raise Refusal("answer with NAME, NAME FROM or NAME FROM KEY; a name is one word")
+    asked = Introduction(check_name(name), wants_position=True, key="".join(key))
+    if start.startswith("-"):
+        return _replace(asked, last=int(start[1:]))
+    return _replace(asked, position=int(start))
+
+
+def _replace(asked: Introduction, *, position: int | None = None, last: int = 0) -> Introduction:
+    return Introduction(asked.name, position, last, asked.wants_position, asked.key)
+
+
+def without_name(text: str, name: str) -> str:
+    """Take the sender's own name and a colon off a line, as the classic client sends them."""
+    if text[: len(name) + 1].lower() == fold(name) + ":":
+        return text[len(name) + 1 :].removeprefix(" ")
+    return text
+
+
+def command(text: str) -> tuple[str, str] | None:
+    """Split ``/verb argument`` in two; None for a text, also one that begins with ``//``."""
+    if not text.startswith("/") or text.startswith("//"):
+        return None
+    verb, _, argument = text[1:].partition(" ")
+    return verb.lower(), argument.strip()
+
+
+def unslash(text: str) -> str:
+    """Return a text as it is said: ``//`` at its start is one slash."""
+    return text[1:] if text.startswith("//") else text
+
+
+def slash(text: str) -> str:
+    """Return a text as it has to be sent so that its slash is no command."""
+    return "/" + text if text.startswith("/") else text
+
+
+# --- What the server sends ---------------------------------------------------
+
+
+class Kind(enum.Enum):
+    """What a line from the server is; its first word tells."""
+
+    NICK = "nick"  # tell me your name
+    PASS = "pass"  # tell me the room's password
+    SAID = "said"  # alice: text
+    DID = "did"  # ** alice text
+    NOTICE = "notice"  # * text
+    PRIVATE = "private"  # [from bob] text
+    ANSWER = "answer"  # -> text
+    UNKNOWN = "unknown"  # not of this wire
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line from the server: its kind, whose it is and what it says.
+
+    `name` is empty for what the room or the server says; ``str(line)`` is the
+    line as it stands on the wire, without its newline.
+    """
+
+    kind: Kind
+    name: str
+    text: str
+
+    @property
+    def in_room(self) -> bool:
+        """Whether the line is of the room's history and has a position there."""
+        return self.kind in _IN_ROOM
+
+    def __str__(self) -> str:
+        return _FORMS[self.kind].format(name=self.name, text=self.text)
+
+
+_IN_ROOM = frozenset({Kind.SAID, Kind.DID, Kind.NOTICE})
+_FORMS = {
+    Kind.NICK: "NICK",
+    Kind.PASS: "PASS",
+    Kind.SAID: "{name}: {text}",
+    Kind.DID: "** {name} {text}",
+    Kind.NOTICE: "* {text}",
+    Kind.PRIVATE: "[from {name}] {text}",
+    Kind.ANSWER: "-> {text}",
+    Kind.UNKNOWN: "{text}",
+}
+_LINE = re.compile(
+    rf"(?P<said>{_NAME}): (?P<said_text>.*)"
+    rf"|\*\* (?P<did>{_NAME}) (?P<did_text>.*)"
+    rf"|\[from (?P<private>{_NAME})\] (?P<private_text>.*)"
+    r"|\* (?P<notice_text>.*)"
+    r"|-> (?P<answer_text>.*)",
+    re.DOTALL,
+)
+
+
+def parse(line: str) -> Line:
+    """Tell what a line from the server is; the inverse of ``str(line)``."""
+    if line == "NICK" or line == "PASS":
+        return Line(Kind(line.lower()), "", "")
+    match = _LINE.fullmatch(line)
+    if match is None or match.lastgroup is None:
+        return Line(Kind.UNKNOWN, "", line)
+    kind = Kind(match.lastgroup.removesuffix("_text"))
+    name = match[kind.value] if kind.value in match.groupdict() else ""
+    return Line(kind, name, match[match.lastgroup])
+
+
+def said(name: str, text: str) -> str:
+    """``alice: text``."""
+    return f"{name}: {text}"
+
+
+def did(name: str, text: str) -> str:
+    """``** alice text``."""
+    return f"** {name} {text}"
+
+
+def private(name: str, text: str) -> str:
+    """``[from alice] text``."""
+    return f"[from {name}] {text}"
+
+
+def answer(text: str) -> str:
+    """``-> text``."""
+    return f"-> {text}"
+
+
+def joined(name: str) -> str:
+    """``* alice joined the chat``."""
+    return f"* {name} joined the chat"
+
+
+def left(name: str) -> str:
+    """``* alice left the chat``."""
+    return f"* {name} left the chat"
+
+
+def renamed(old: str, new: str) -> str:
+    """``* alice is now alicia``."""
+    return f"* {old} is now {new}"
+
+
+def welcome(name: str, others: list[str]) -> str:
+    """Greet a newcomer: the first of an empty room in its own way."""
+    if not others:
+        return answer(f"Welcome, {name}! You are the first one here; /help lists the commands")
+    shown = ", ".join(others[:WELCOME_NAMES])
+    more = f" and {len(others) - WELCOME_NAMES} more" if len(others) > WELCOME_NAMES else ""
+    return answer(f"Welcome, {name}! /help lists the commands. Already here: {shown}{more}")
+
+
+WELCOME_NAMES = 20  # in a greeting; /names lists the rest
+
+
+def welcome_back(name: str) -> str:
+    """Greet somebody who takes a place back with the key."""
+    return answer(f"Welcome back, {name}!")
+
+
+def here(names: list[str]) -> list[str]:
+    """Tell who is present, in as many lines as it takes."""
+    text = f"{len(names)} here: " + ", ".join(names)
+    return [answer(part) for part in textwrap.wrap(text, MAX_LINE, break_on_hyphens=False)]
+
+
+def at(position: int) -> str:
+    """Tell the position of the next room line."""
+    return answer(f"at {position}")
+
+
+def missed(count: int) -> str:
+    """Tell how many room lines were skipped."""
+    return answer(f"missed {count} line{'' if count == 1 else 's'}")
+
+
+def not_sent(why: object) -> str:
+    """Refuse a line that was to be said."""
+    return answer(f"not sent: {why}")
+
+
+def sent_to(name: str, text: str) -> str:
+    """Confirm a private line."""
+    return answer(f"to {name}: {text}")
+
+
+def now_named(name: str) -> str:
+    """Confirm a new name."""
+    return answer(f"you are now {name}")
+
+
+BYE = answer("bye")
+ROOM_FULL = answer("the room is full; try again later")
+ADDRESS_FULL = answer("too many connections from your address; close one and try again")
+NAME_TAKEN = "the name {name} is taken; choose another"
+NO_MORE_TRIES = answer("that was the third try; connect again when you have another name")
+BUSY = answer("the server is busy; try again later")
+TOO_LATE = answer("no name came in time; connect again")
+UNFRAMED = answer(f"{MAX_UNFRAMED // 1024} KiB came without a newline; this chat speaks lines")
+SHUTTING_DOWN = answer("the server is shutting down")
+FOREIGN = {
+    "TLS": answer("this is a chat without TLS; connect without it"),
+    "HTTP": answer("this is a chat, not a web server; connect with client.py or nc"),
+    "SSH": answer("this is a chat, not an SSH server; connect with client.py or nc"),
+}
+
+_FINAL = tuple(
+    line.partition(";")[0] for line in (ROOM_FULL, ADDRESS_FULL, NO_MORE_TRIES, TOO_LATE, BUSY)
+)
+
+
+def is_final(line: str) -> bool:
+    """Tell whether a server's answer during the handshake means that it will close."""
+    return line.startswith(_FINAL)
+
+
+def position_in(line: str) -> int | None:
+    """Return N of ``-> at N``, else None."""
+    match = re.fullmatch(r"-> at (\d+)", line, re.ASCII)
+    return int(match[1]) if match else None
+
+
+def missed_in(line: str) -> int | None:
+    """Return N of ``-> missed N lines``, else None."""
+    match = re.fullmatch(r"-> missed (\d+) lines?", line, re.ASCII)
+    return int(match[1]) if match else None
+
+
+def name_in(line: str) -> str | None:
+    """Return the name of ``-> you are now NAME``, else None."""
+    match = re.fullmatch(rf"-> you are now ({_NAME})", line)
+    return match[1] if match else None
+
+
+# --- Carrying the bytes ------------------------------------------------------
+
+
+class Connection:
+    """A connected socket that one thread reads, another writes and its owner closes.
+
+    The socket never blocks.  Waiting is done outside the lock, so that a reader
+    waiting for hours keeps no writer from sending.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        keep_alive(sock)
+        self._sock = sock
+        # Guards the descriptor: no other thread can be inside a call on it while
+        # the owner closes it and the system gives its number to a new connection.
+        self._lock = threading.Lock()
+
+    def fileno(self) -> int:
+        """Return the descriptor, -1 when closed (for selectors)."""
+        return self._sock.fileno()
+
+    def receive(self, deadline: float | None = None, size: int = 64 * 1024) -> bytes:
+        """Wait for bytes and return up to `size`; ``b""`` is the end.
+
+        Raise `TimeoutError` when `deadline` (`time.monotonic` seconds) passes
+        first, `OSError` when the connection broke.
+        """
+        while True:
+            _wait(self._sock, writable=False, deadline=deadline)
+            with self._lock:
+                try:
+                    return self._sock.recv(size)
+                except (BlockingIOError, InterruptedError):
+                    continue
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send what the socket takes without waiting and return how many bytes that were."""
+        with self._lock:
+            try:
+                return self._sock.send(data)
+            except (BlockingIOError, InterruptedError):
+                return 0
+
+    def send_all(self, data: bytes, deadline: float | None = None) -> None:
+        """Send everything, waiting for room; raise `TimeoutError` at the deadline."""
+        view = memoryview(data)
+        while view:
+            view = view[self.send(view) :]
+            if view:
+                _wait(self._sock, writable=True, deadline=deadline)
+
+    def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
+        """End the connection from any thread; it wakes the one that waits in `receive`."""
+        with self._lock, contextlib.suppress(OSError):  # it may have ended already
+            self._sock.shutdown(how)
+
+    def drain(self, deadline: float) -> None:
+        """End our direction and read the other to its end, or to the deadline.
+
+        Without it, closing on unread bytes sends a reset, and the reset can
+        destroy the last line that we sent before the peer has read it.
+        """
+        self.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # reset, or out of time: nobody to be polite to
+            while self.receive(deadline):
+                pass
+
+    def close(self) -> None:
+        """Close the socket; only its owner does."""
+        with self._lock:
+            self._sock.close()
+
+
+def _wait(sock: socket.socket, *, writable: bool, deadline: float | None) -> None:
+    """Wait until a socket can be read or written; raise `TimeoutError` at the deadline."""
+    seconds = None if deadline is None else deadline - time.monotonic()
+    if seconds is not None and seconds <= 0:  # also for a peer that drips without a pause
+        raise TimeoutError("the deadline has passed")
+    if hasattr(select, "poll"):
+        poller = select.poll()
+        poller.register(sock, select.POLLOUT if writable else select.POLLIN)
+        ready = bool(poller.poll(None if seconds is None else seconds * 1000))
+    else:  # Windows, where select() takes any descriptor; elsewhere none over 1023
+        wanted = ([], [sock], [sock]) if writable else ([sock], [], [])
+        ready = any(select.select(*wanted, seconds))
+    if not ready:
+        raise TimeoutError("the deadline has passed")
+
+
+KEEPALIVE_IDLE = 60  # seconds of silence before the first probe
+KEEPALIVE_INTERVAL = 15  # seconds between probes
+KEEPALIVE_PROBES = 4  # unanswered ones until the peer counts as dead
+UNACKNOWLEDGED = 120_000  # milliseconds that sent bytes may stay unacknowledged
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Send small lines at once and notice a dead peer, as far as the platform can."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_NODELAY", 1),
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
+        ("TCP_KEEPALIVE", KEEPALIVE_IDLE),  # its name on macOS
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED),
+    ):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

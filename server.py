@@ -1,0 +1,1096 @@
+"""The chat server: one room, a thread per client and one broadcaster.
+
+    python server.py --port 55555
+
+or, from Python::
+
+    with ChatServer(port=0) as server:
+        print("listening on port", server.port)
+
+A message goes from socket to socket through this file from top to bottom.
+`ChatServer.receive` accepts a connection and starts `ChatServer.handle` in a
+thread of its own, which reads lines and puts them into the room's queue with
+`Room.broadcast`.  The broadcaster thread takes the queue in rounds, appends the
+room's lines to the `History`, and gives each client all that follows the
+client's cursor.  Nothing but the broadcaster writes to a client that has
+joined, so a client that does not read delays nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import hmac
+import ipaddress
+import logging
+import math
+import queue
+import re
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+
+try:
+    import resource
+except ImportError:  # Windows has no limits of this kind
+    resource = None  # type: ignore[assignment]
+
+import protocol
+from protocol import Connection, Framer, Introduction, Refusal
+
+ROUND = 0.010  # seconds between the starts of two rounds in a busy room
+RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
+CHUNK = 4096  # lines offered to a socket at once: what its buffer takes at the most
+MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
+OUTBOX_LINES = 1000  # private lines waiting for one client
+OUTBOX_BYTES = 256 * 1024
+BURST = 20  # lines that a client may send at once before the rate counts
+TRIES = 3  # at a name
+MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
+STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
+STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
+LINGER = 1.0  # seconds for a client to close after our last line
+BACKLOG = 1024  # connections that the system may keep waiting for accept()
+STACK = 128 * 1024  # bytes for a client's thread, whose calls are few and shallow
+SPARE_DESCRIPTORS = 32  # kept free for the listener, the log and the broadcaster
+
+log = logging.getLogger("chat")
+
+
+# --- History -----------------------------------------------------------------
+
+
+class History:
+    """The room's lines in order, each at an absolute position.
+
+    Positions only grow.  The last `retained` lines can be read again.  The
+    broadcaster appends; any thread reads.
+    """
+
+    def __init__(self, retained: int = RETAINED) -> None:
+        self.retained = retained
+        # A history that starts empty starts at the milliseconds of the clock, so
+        # that no position is given twice, across restarts too.
+        self.first = int(time.time() * 1000)
+        self._lines: list[bytes] = []
+        self._times: list[float] = []
+        self._chunk: tuple[int, int, bytes] = (0, 0, b"")  # the last one read, with its ends
+        self._lock = threading.Lock()  # guards all of the above
+
+    @property
+    def end(self) -> int:
+        """The position of the next line."""
+        return self.first + len(self._lines)
+
+    def append(self, lines: list[bytes]) -> None:
+        """Give lines their positions."""
+        now = time.time()
+        with self._lock:
+            self._lines += lines
+            self._times += [now] * len(lines)
+            excess = max(0, len(self._lines) - self.retained)
+            del self._lines[:excess], self._times[:excess]
+            self.first += excess
+
+    def read(self, position: int, end: int) -> bytes:
+        """Return the lines from `position` up to `end`, at most `CHUNK` of them.
+
+        Clients that stand at the same place get the same bytes object.
+        """
+        if position >= end:
+            return b""
+        end = min(end, position + CHUNK)
+        with self._lock:
+            if self._chunk[:2] != (position, end):
+                lines = self._lines[position - self.first : end - self.first]
+                self._chunk = (position, end, b"".join(lines))
+            return self._chunk[2]
+
+    def last(
+        self, count: int, word: str = "", fmt: str = protocol.FORMAT
+    ) -> list[tuple[float, str]]:
+        """Return the last `count` lines that have `word` in them, in any case, with their times."""
+        with self._lock:
+            lines, times = self._lines[:], self._times[:]
+        found: list[tuple[float, str]] = []
+        for when, line in zip(reversed(times), reversed(lines), strict=True):
+            text = line[:-1].decode(fmt)
+            if word.lower() in text.lower():
+                found.append((when, text))
+                if len(found) == count:
+                    break
+        return found[::-1]
+
+
+# --- Clients -----------------------------------------------------------------
+
+
+class Bucket:
+    """A client's right to send: `rate` lines a second after a burst; 0 is no limit."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._tokens = float(BURST)
+        self._since = time.monotonic()
+
+    def take(self, wanted: int) -> int:
+        """Return how many of `wanted` lines may pass now."""
+        if not self.rate:
+            return wanted
+        now = time.monotonic()
+        self._tokens = min(BURST, self._tokens + (now - self._since) * self.rate)
+        self._since = now
+        taken = min(wanted, int(self._tokens))
+        self._tokens -= taken
+        return taken
+
+    def delay(self) -> float:
+        """Return the seconds until a line may pass."""
+        return max(0.0, (1 - self._tokens) / self.rate)
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """One connection: its thread reads from it, the broadcaster writes to it."""
+
+    connection: Connection
+    host: str
+    port: int
+    framer: Framer = field(default_factory=Framer)
+    unread: list[bytes] = field(default_factory=list)  # lines that came, not yet looked at
+    name: str = ""
+    key: str = ""
+    # Set when nothing more of its input counts: replaced, failed or shut down.
+    gone: threading.Event = field(default_factory=threading.Event)
+    # Guarded by the room's lock: private lines on their way to it.
+    owed_lines: int = 0
+    owed_bytes: int = 0
+    # The broadcaster's own:
+    position: int = 0  # the cursor: the next room line that it gets
+    rest: bytes = b""  # of a line that its socket took in part
+    outbox: deque[tuple[int, bytes]] = field(default_factory=deque)  # by position
+    watched: bool = False  # its socket is full; the selector tells when it is not
+    until: int | None = None  # it leaves, and gets nothing from here on
+    forgotten: bool = False  # it has left; the broadcaster never touches it again
+
+    def __str__(self) -> str:
+        return f"{self.name or 'unnamed'} ({self.host}:{self.port})"
+
+    def end_input(self) -> None:
+        """Let its thread find the end of the input, whatever it waits for."""
+        self.gone.set()
+        self.connection.shutdown()
+
+
+class Gone(Exception):
+    """The client's input has ended by somebody else's doing."""
+
+
+class Farewell(Exception):
+    """The server ends a connection: the reason for the console and a last line for the client."""
+
+    def __init__(self, reason: str, line: str = "") -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+# --- The room ----------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Told:
+    """A line for one client alone."""
+
+    client: Client
+    line: bytes
+
+
+@dataclass(slots=True)
+class Private(Told):
+    """A line from one client to another, who may have too many waiting already."""
+
+    sender: Client
+    receipt: bytes
+    refusal: bytes
+
+
+@dataclass(slots=True)
+class Joined:
+    """A client that begins to listen here."""
+
+    client: Client
+    asked: Introduction
+    greeting: bytes
+
+
+@dataclass(slots=True)
+class Left:
+    """A client that listens up to here."""
+
+    client: Client
+
+
+Entry = bytes | Told | Joined | Left  # bytes are a line of the room
+
+
+class Waker:
+    """Wakes a thread that waits in a selector."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._awake = False
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait for."""
+        return self._reader.fileno()
+
+    def wake(self) -> None:
+        """Make the descriptor readable until `clear`."""
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):  # full, so readable already; or closed
+                self._writer.send(b"\0")
+
+    def clear(self) -> None:
+        """Take back what `wake` did; what it was called for must be looked at afterwards."""
+        self._awake = False
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._reader.close()
+        self._writer.close()
+
+
+class Room:
+    """Who is here and what is said.
+
+    Everything that happens goes through one queue in the order in which it
+    happened: lines for all, lines for one, joining and leaving.  The broadcaster
+    takes the queue in rounds, so the order of the history is the order that
+    everyone sees, and each private line stands where it belongs among the others.
+    """
+
+    def __init__(self, fmt: str = protocol.FORMAT, max_clients: int = 1000) -> None:
+        self.fmt = fmt
+        self.max_clients = max_clients
+        self.history = History()
+        self.clients: list[Client] = []  # who listens; only the broadcaster touches it
+        self.names: dict[str, Client] = {}  # who has which name, folded
+        self.stopping = threading.Event()
+        self._queue: list[Entry] = []
+        self._queued = 0  # entries ever put into the queue
+        self._placed = 0  # those of them that a round has dealt with
+        # Guards names, the queue and what clients are owed; never held over I/O.
+        self._lock = threading.Lock()
+        self._round_over = threading.Condition(self._lock)  # notified when a round has ended
+        self._waker = Waker()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._waker, selectors.EVENT_READ, None)
+        self._due: set[Client] = set()  # whom the next round serves in any case
+        self._stop_at = 0.0  # when the broadcaster gives up delivering
+        self._ended = False  # no round follows
+        self._broadcaster = threading.Thread(target=self._run, name="broadcaster", daemon=True)
+
+    # Verbs for the clients' threads.
+
+    def broadcast(self, entries: Iterable[Entry], author: Client | None = None) -> None:
+        """Put what happened into the queue of the next round.
+
+        Wait first while the room or the author has more waiting than is good for
+        memory.  Raise `Gone` when the author's words no longer count.
+        """
+        with self._lock:
+            if author is not None:
+                self._round_over.wait_for(lambda: author.gone.is_set() or self._has_space(author))
+                if author.gone.is_set():
+                    raise Gone
+            self._enqueue(entries)
+        self._waker.wake()
+
+    def settle(self) -> None:
+        """Wait until all that is in the queue has its place in the history."""
+        with self._lock:
+            queued = self._queued
+            self._round_over.wait_for(lambda: self._placed >= queued or self._ended)
+
+    def line(self, text: str) -> bytes:
+        """Return a line for the queue."""
+        return protocol.encode(text, self.fmt, protocol.MAX_SERVER_LINE)
+
+    def claim(self, client: Client, asked: Introduction) -> None:
+        """Give a client its name and let it join; raise `Refusal` or `Farewell`."""
+        with self._lock:
+            holder = self.names.get(protocol.fold(asked.name))
+            if self.stopping.is_set():
+                raise Farewell("shutting down", protocol.SHUTTING_DOWN)
+            if holder is None:
+                if len(self.names) >= self.max_clients:
+                    raise Farewell("the room is full", protocol.ROOM_FULL)
+                greeting = protocol.welcome(asked.name, [c.name for c in self.names.values()])
+            elif _same_key(holder.key, asked.key):
+                holder.gone.set()  # from now on nothing that it sent gets into the queue
+                greeting = protocol.welcome_back(asked.name)
+            else:
+                raise Refusal(protocol.NAME_TAKEN.format(name=asked.name))
+            self.names[protocol.fold(asked.name)] = client
+            client.name, client.key = asked.name, asked.key
+            self._enqueue([Joined(client, asked, self.line(greeting))])
+            if holder is None:
+                self._enqueue([self.line(protocol.joined(client.name))])
+            self._round_over.notify_all()  # the holder may wait for its turn
+        self._waker.wake()
+        if holder is not None:
+            holder.connection.shutdown()
+        log.info("%s %s", client, "joined" if holder is None else "is back")
+
+    def rename(self, client: Client, name: str) -> None:
+        """Give a client another name; raise `Refusal` when somebody has it."""
+        with self._lock:
+            holder = self.names.get(protocol.fold(name))
+            if holder not in (None, client):
+                raise Refusal(protocol.NAME_TAKEN.format(name=name))
+            if client.gone.is_set():
+                raise Gone
+            del self.names[protocol.fold(client.name)]
+            self.names[protocol.fold(name)] = client
+            client.name = name
+
+    def leave(self, client: Client, last_line: str = "") -> None:
+        """Let a client go, and wait until the broadcaster has let go of it."""
+        with self._lock:
+            if last_line:
+                self._enqueue([Told(client, self.line(last_line))])
+            self._enqueue([Left(client)])
+            if self.names.get(protocol.fold(client.name)) is client:
+                del self.names[protocol.fold(client.name)]
+                self._enqueue([self.line(protocol.left(client.name))])
+        self._waker.wake()
+        with self._lock:
+            self._round_over.wait_for(lambda: client.forgotten or self._ended)
+
+    def present(self) -> list[str]:
+        """Return the names of all who are here, in the order they came."""
+        with self._lock:
+            return [client.name for client in self.names.values()]
+
+    def find(self, name: str) -> Client:
+        """Return who has a name; raise `Refusal` when nobody has."""
+        with self._lock:
+            client = self.names.get(protocol.fold(name))
+        if client is None:
+            raise Refusal(f"nobody here is called {name}; /names lists who is here")
+        return client
+
+    def _has_space(self, author: Client) -> bool:
+        return len(self._queue) < MAX_QUEUED and not _outbox_full(author)
+
+    def _enqueue(self, entries: Iterable[Entry]) -> None:
+        """Append to the queue, under the lock, and count what each client is owed."""
+        for entry in entries:
+            if isinstance(entry, Private):
+                if _outbox_full(entry.client):
+                    entry = Told(entry.sender, entry.refusal)
+                else:
+                    self._enqueue([Told(entry.sender, entry.receipt)])
+            if isinstance(entry, Told):
+                entry.client.owed_lines += 1
+                entry.client.owed_bytes += len(entry.line)
+            self._queue.append(entry)
+            self._queued += 1
+
+    # The broadcaster.
+
+    def start(self) -> None:
+        """Start the broadcaster."""
+        self._broadcaster.start()
+
+    def stop(self) -> None:
+        """Deliver what was accepted, tell everyone, and end the broadcaster."""
+        with self._lock:
+            self.stopping.set()
+            present = list(self.names.values())
+            for client in present:
+                client.gone.set()
+            line = self.line(protocol.SHUTTING_DOWN)
+            self._enqueue([Told(client, line) for client in present])
+            self._stop_at = time.monotonic() + STOP_DELIVER
+            self._round_over.notify_all()
+        self._waker.wake()
+        self._broadcaster.join()
+
+    def _run(self) -> None:
+        next_round = 0.0
+        while not self._all_delivered():
+            try:
+                writable = self._wait()
+                # Lines that come during the pause share the round's one send per client.
+                time.sleep(max(0.0, next_round - time.monotonic()))
+                next_round = time.monotonic() + ROUND
+                self._round(writable)
+            except Exception:
+                log.exception("a round failed; the room goes on")
+                time.sleep(ROUND)
+        with self._lock:
+            self._ended = True
+            self._round_over.notify_all()
+
+    def _wait(self) -> list[Client]:
+        """Wait until something happened; return the clients whose sockets have room again."""
+        timeout = max(0.0, self._stop_at - time.monotonic()) if self.stopping.is_set() else None
+        return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
+
+    def _all_delivered(self) -> bool:
+        if not self.stopping.is_set():
+            return False
+        waiting = self._queue or self._due or any(client.watched for client in self.clients)
+        return not waiting or time.monotonic() > self._stop_at
+
+    def _round(self, writable: list[Client]) -> None:
+        """Give positions to what has come, then let everyone hear it."""
+        self._waker.clear()
+        with self._lock:
+            entries, self._queue = self._queue, []
+        lines = [entry for entry in entries if isinstance(entry, bytes)]
+        position = self.history.end
+        self.history.append(lines)
+        for entry in entries:
+            if isinstance(entry, bytes):
+                position += 1
+            else:
+                self._place(entry, position)
+        self._due.update(writable, (c for c in self.clients if lines and not c.watched))
+        while self._due:
+            self._serve(self._due.pop())
+        self._log_said(lines)
+        if any(isinstance(entry, Left) for entry in entries):
+            self.clients = [client for client in self.clients if not client.forgotten]
+        with self._lock:
+            self._placed += len(entries)
+            self._round_over.notify_all()
+
+    def _place(self, entry: Told | Joined | Left, position: int) -> None:
+        """Do what an entry says at its place among the room's lines."""
+        client = entry.client
+        if client.until is not None:
+            return  # it has left before this was said to it
+        if isinstance(entry, Told):
+            client.outbox.append((position, entry.line))
+        elif isinstance(entry, Joined):
+            asked = entry.asked
+            start = position - asked.last if asked.position is None else asked.position
+            client.position = min(max(start, self.history.first), position)
+            client.outbox.append((client.position, entry.greeting))
+            if asked.wants_position:
+                at = self.line(protocol.at(client.position))
+                client.outbox.append((client.position, at))
+            self.clients.append(client)
+        else:
+            client.until = position
+        if not client.watched or client.until is not None:
+            self._due.add(client)
+
+    def _serve(self, client: Client) -> None:
+        """Give a client all that follows its cursor, as far as its socket takes it."""
+        full = False
+        try:
+            while not full and (data := self._following(client)):
+                sent = client.connection.send(data)
+                self._advance(client, data, sent)
+                full = sent < len(data)
+        except OSError as error:
+            log.debug("%s: %s", client, error)
+            client.end_input()
+        finally:
+            self._watch(client, full and client.until is None)
+            client.forgotten = client.until is not None
+
+    def _following(self, client: Client) -> bytes:
+        """Return what a client gets next; nothing when it has all."""
+        if not client.rest and client.position < self.history.first:
+            skipped = self.history.first - client.position
+            client.position = self.history.first
+            client.rest = self.line(protocol.missed(skipped))
+        if not client.rest and client.outbox and client.outbox[0][0] <= client.position:
+            client.rest = self._take_private(client)
+        end = client.outbox[0][0] if client.outbox else client.until or self.history.end
+        return client.rest or self.history.read(client.position, end)
+
+    def _take_private(self, client: Client) -> bytes:
+        lines = []
+        while client.outbox and client.outbox[0][0] <= client.position:
+            lines.append(client.outbox.popleft()[1])
+        rest = b"".join(lines)
+        with self._lock:
+            client.owed_lines -= len(lines)
+            client.owed_bytes -= len(rest)
+        return rest
+
+    def _advance(self, client: Client, data: bytes, sent: int) -> None:
+        """Move a client's cursor behind what its socket took."""
+        if client.rest:
+            client.rest = client.rest[sent:]
+        elif sent == len(data):
+            client.position += data.count(b"\n")
+        elif sent:
+            cut = data.index(b"\n", sent - 1) + 1  # the end of the line it took in part
+            client.position += data.count(b"\n", 0, cut)
+            client.rest = data[sent:cut]
+
+    def _watch(self, client: Client, watched: bool) -> None:
+        """Have the selector tell when a full socket has room, or not any more."""
+        if watched and not client.watched:
+            self._selector.register(client.connection, selectors.EVENT_WRITE, client)
+        elif client.watched and not watched:
+            self._selector.unregister(client.connection)
+        client.watched = watched
+
+    def _log_said(self, lines: list[bytes]) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            for line in lines:
+                log.debug("%s", protocol.escape(line[:-1], self.fmt))
+
+
+def _outbox_full(client: Client) -> bool:
+    return client.owed_lines >= OUTBOX_LINES or client.owed_bytes >= OUTBOX_BYTES
+
+
+def _same_key(one: str, other: str) -> bool:
+    """Compare two keys in a time that tells nothing; no key matches none."""
+    return bool(one) and hmac.compare_digest(one.lower(), other.lower())
+
+
+# --- Commands ----------------------------------------------------------------
+
+
+class Usage(Exception):
+    """A command was given what it does not take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What ``/verb`` does: `run` gives what goes into the queue."""
+
+    usage: str
+    help: str
+    run: Callable[[Room, Client, str], Iterable[Entry]]
+
+
+COMMANDS: dict[str, Command] = {}
+
+Run = Callable[[Room, Client, str], Iterable[Entry]]
+
+
+def command(usage: str, summary: str) -> Callable[[Run], Run]:
+    """Enter a function into `COMMANDS` under the verb that `usage` begins with."""
+
+    def enter(run: Run) -> Run:
+        COMMANDS[usage.split()[0].removeprefix("/")] = Command(usage, summary, run)
+        return run
+
+    return enter
+
+
+def obey(room: Room, client: Client, verb: str, argument: str) -> Iterable[Entry]:
+    """Run a command; answer one that is unknown or misused with what would be right."""
+    known = COMMANDS.get(verb)
+    if known is None:
+        return told(room, client, f"there is no /{verb[:20]}; /help lists the commands")
+    try:
+        return list(known.run(room, client, argument))
+    except Usage:
+        return told(room, client, f"usage: {known.usage}, to {known.help}")
+    except Refusal as refusal:
+        return [Told(client, room.line(protocol.not_sent(refusal)))]
+
+
+def told(room: Room, client: Client, *texts: str) -> list[Entry]:
+    """Answer a client."""
+    return [Told(client, room.line(protocol.answer(text))) for text in texts]
+
+
+@command("/help", "list the commands")
+def _help(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    width = max(len(known.usage) for known in COMMANDS.values())
+    lines = (f"{known.usage:{width}}  {known.help}" for known in COMMANDS.values())
+    return told(room, client, *lines)
+
+
+@command("/names", "see who is here")
+def _names(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    return [Told(client, room.line(line)) for line in protocol.here(room.present())]
+
+
+@command("/me ACTION", "say what you do")
+def _me(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    if not argument:
+        raise Usage
+    return [room.line(protocol.did(client.name, argument))]
+
+
+@command("/msg NAME TEXT", "say something to one person alone")
+def _msg(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    name, _, text = argument.partition(" ")
+    if not text.strip():
+        raise Usage
+    other = room.find(name)
+    return [
+        Private(
+            other,
+            room.line(protocol.private(client.name, text)),
+            client,
+            room.line(protocol.sent_to(other.name, text)),
+            room.line(protocol.not_sent(f"{other.name} is not reading; try again later")),
+        )
+    ]
+
+
+@command("/nick NAME", "change your name")
+def _nick(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    if not argument:
+        raise Usage
+    old, new = client.name, protocol.check_name(argument)
+    room.rename(client, new)
+    log.info("%s was %s", client, old)
+    return [
+        Told(client, room.line(protocol.now_named(new))),
+        room.line(protocol.renamed(old, new)),
+    ]
+
+
+@command("/history [N]", "see the last N lines with their times")
+def _history(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    count = argument or str(protocol.REPLAY)
+    if not re.fullmatch(r"\d{1,4}", count, re.ASCII) or not 1 <= int(count) <= MAX_ANSWER:
+        return told(room, client, f"usage: /history [N], N from 1 to {MAX_ANSWER}")
+    room.settle()
+    return recalled(room, client, room.history.last(int(count), fmt=room.fmt))
+
+
+@command("/search WORD", "see the last lines with WORD in them")
+def _search(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    if not argument:
+        raise Usage
+    room.settle()
+    found = room.history.last(protocol.REPLAY, argument, room.fmt)
+    return recalled(room, client, found) or told(room, client, f"nobody said {argument}")
+
+
+@command("/quit", "leave")
+def _quit(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    raise Farewell("/quit", protocol.BYE)
+
+
+def recalled(room: Room, client: Client, lines: list[tuple[float, str]]) -> list[Entry]:
+    """Answer with lines of the history; as answers, for they have no position here."""
+    stamp = "%Y-%m-%d %H:%M"
+    return told(
+        room, client, *(f"{time.strftime(stamp, time.localtime(t))} {line}" for t, line in lines)
+    )
+
+
+# --- The server --------------------------------------------------------------
+
+
+class ChatServer(Room):
+    """The room with its door: listens, lets people in and hears what they say.
+
+    `port` 0 takes any free one; `server.port` tells which.  Raise `OSError` when
+    the address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        host: str = protocol.HOST,
+        port: int = protocol.PORT,
+        fmt: str = protocol.FORMAT,
+        *,
+        max_clients: int = 1000,
+        max_per_address: int = 50,
+        max_unnamed: int = 64,
+        name_deadline: float = 30.0,
+        rate_limit: float = 5.0,
+    ) -> None:
+        super().__init__(fmt, max_clients)
+        self.max_per_address = max_per_address
+        self.max_unnamed = max_unnamed
+        self.name_deadline = name_deadline
+        self.rate_limit = rate_limit
+        self._connected: dict[Client, None] = {}  # all connections, in the order they came
+        self._unnamed: dict[Client, None] = {}  # those of them that have not joined
+        self._addresses: Counter[str] = Counter()
+        # Guards the three above; notified when a connection has ended.
+        self._door = threading.Condition()
+        self._door_waker = Waker()
+        self._listener = _listen_on(host, port)
+        self.host, self.port = self._listener.getsockname()[:2]
+        self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
+
+    def __enter__(self) -> ChatServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the broadcaster and let people in."""
+        super().start()
+        self._receiver.start()
+        log.info("listening on %s:%d", self.host, self.port)
+
+    def receive(self) -> None:
+        """Accept connections until the server stops, whatever goes wrong."""
+        delay = 0.0
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            selector.register(self._door_waker, selectors.EVENT_READ)
+            while not self.stopping.is_set():
+                selector.select()
+                try:
+                    self._accept()
+                    delay = 0.0
+                except BlockingIOError:
+                    pass  # reset before we came, or the server stops
+                except (OSError, RuntimeError, MemoryError) as error:
+                    if not delay:
+                        log.error("cannot accept a connection: %s; trying again", error)
+                    delay = min(1.0, delay * 2 or 0.010)
+                    self.stopping.wait(delay)
+
+    def handle(self, client: Client) -> None:
+        """Serve one client from its first byte to its last."""
+        reason, last_line = "the input ended", ""
+        try:
+            self._admit(client)
+            self._listen(client)
+        except Farewell as farewell:
+            reason, last_line = str(farewell), farewell.line
+        except Gone:
+            reason = "the server ended it"
+        except OSError as error:
+            reason = str(error)
+        except Exception:
+            log.exception("%s: a fault; the connection ends", client)
+            reason = "a fault"
+        finally:
+            self._part(client, reason, last_line)
+
+    def stop(self) -> None:
+        """Deliver what was accepted, say goodbye and close; at most five seconds."""
+        if self.stopping.is_set():
+            return
+        self.stopping.set()
+        self._door_waker.wake()
+        self._receiver.join()
+        self._listener.close()
+        super().stop()
+        self._end_connections(socket.SHUT_WR)
+        self._end_connections(socket.SHUT_RDWR)  # whoever did not close
+        self._door_waker.close()
+        log.info("stopped")
+
+    # The steps of `receive`.
+
+    def _accept(self) -> None:
+        """Accept one connection and start its thread."""
+        sock, (host, port, *_) = self._listener.accept()
+        try:
+            client = Client(Connection(sock), protocol.escape(host), port)
+        except BaseException:
+            sock.close()
+            raise
+        self._register(client)
+        try:
+            threading.Thread(target=self.handle, args=[client], daemon=True).start()
+        except BaseException:
+            client.connection.send(self.line(protocol.BUSY))
+            self._unregister(client)
+            raise
+
+    def _register(self, client: Client) -> None:
+        """Count a connection, and close the oldest that has no name if there are too many."""
+        with self._door:
+            self._connected[client] = None
+            self._unnamed[client] = None
+            self._addresses[client.host] += 1
+            if len(self._unnamed) <= self.max_unnamed:
+                return
+            oldest = next(iter(self._unnamed))
+            del self._unnamed[oldest]
+        log.info("%s closed: too many connections without a name", oldest)
+        oldest.end_input()
+
+    def _unregister(self, client: Client) -> None:
+        """Close a connection; the last thing that happens to it."""
+        client.connection.close()
+        with self._door:
+            del self._connected[client]
+            self._unnamed.pop(client, None)
+            self._addresses[client.host] -= 1
+            if not self._addresses[client.host]:
+                del self._addresses[client.host]
+            self._door.notify_all()
+
+    # The steps of `handle`.
+
+    def _admit(self, client: Client) -> None:
+        """Ask for a name until there is one that the client can have."""
+        deadline = time.monotonic() + self.name_deadline
+        if self._addresses[client.host] > self.max_per_address and not _is_loopback(client.host):
+            raise Farewell("too many connections from its address", protocol.ADDRESS_FULL)
+        for _ in range(TRIES):
+            client.connection.send(b"NICK\n")
+            line = self._next_line(client, deadline)
+            try:
+                asked = protocol.introduction(protocol.decode(line, self.fmt))
+                self.claim(client, asked)
+            except Refusal as refusal:
+                client.connection.send(self.line(protocol.answer(str(refusal))))
+            else:
+                with self._door:
+                    self._unnamed.pop(client, None)
+                return
+        raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
+
+    def _next_line(self, client: Client, deadline: float) -> bytes:
+        """Return the next line of one that has not joined yet."""
+        while not client.unread:
+            try:
+                data = client.connection.receive(deadline)
+            except TimeoutError:
+                raise Farewell("no name in time", protocol.TOO_LATE) from None
+            if not data:
+                raise Farewell("left without a name")
+            client.unread = client.framer.feed(data)
+            foreign = protocol.foreign_protocol((client.unread or [client.framer.partial])[0])
+            if foreign:
+                raise Farewell(f"speaks {foreign}", protocol.FOREIGN[foreign])
+            if client.framer.overrun and not client.unread:
+                raise Farewell("speaks no lines", protocol.UNFRAMED)
+        return client.unread.pop(0)
+
+    def _listen(self, client: Client) -> None:
+        """Hear a client until its input ends, no faster than it may speak."""
+        bucket = Bucket(self.rate_limit)
+        while True:
+            while client.unread:
+                count = bucket.take(len(client.unread))
+                lines, client.unread = client.unread[:count], client.unread[count:]
+                self._hear(client, lines)
+                if client.unread and client.gone.wait(bucket.delay()):
+                    raise Gone
+            if client.framer.overrun:
+                raise Farewell("speaks no lines", protocol.UNFRAMED)
+            data = client.connection.receive()
+            if not data:
+                return
+            client.unread = client.framer.feed(data)
+
+    def _hear(self, client: Client, lines: list[bytes]) -> None:
+        """Put what a client says into the room's queue and do what it asks for."""
+        entries: list[Entry] = []
+        for line in lines:
+            try:
+                text = protocol.without_name(protocol.decode(line, self.fmt), client.name)
+            except Refusal as refusal:
+                entries.append(Told(client, self.line(protocol.not_sent(refusal))))
+                continue
+            request = protocol.command(text)
+            if request is not None:
+                self.broadcast(entries, client)
+                entries = []
+                self.broadcast(obey(self, client, *request), client)
+            elif text.strip():
+                text = protocol.unslash(text)
+                entries.append(self.line(protocol.said(client.name, text)))
+        self.broadcast(entries, client)
+
+    def _part(self, client: Client, reason: str, last_line: str) -> None:
+        """The one way out, whatever ended a client."""
+        if client.name:
+            self.leave(client, last_line)
+        elif last_line:
+            with contextlib.suppress(OSError):
+                client.connection.send(self.line(last_line))
+        log.info("%s left: %s", client, reason)
+        client.connection.drain(time.monotonic() + LINGER)
+        self._unregister(client)
+
+    # The steps of `stop`.
+
+    def _end_connections(self, how: int) -> None:
+        """Shut all connections down and wait a while for their threads to end."""
+        with self._door:
+            connected = list(self._connected)
+        for client in connected:
+            if not client.name and how == socket.SHUT_WR:
+                with contextlib.suppress(OSError):
+                    client.connection.send(self.line(protocol.SHUTTING_DOWN))
+            client.connection.shutdown(how)
+        with self._door:
+            self._door.wait_for(lambda: not self._connected, STOP_CLOSE)
+
+
+def _listen_on(host: str, port: int) -> socket.socket:
+    """Return a listening socket, for IPv6 too."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listener = socket.create_server((host, port), family=found[0][0], backlog=BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+# --- The command line --------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the server until a signal ends it; return the exit status."""
+    options = _parser().parse_args(arguments)
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() may be called by a handler
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), lambda number, _: signals.put(number))
+    threading.stack_size(STACK)
+    try:
+        _log_to(options.log_file, options.verbose)
+        server = ChatServer(
+            options.host,
+            options.port,
+            options.format,
+            max_clients=_affordable(options.max_clients, options.max_unnamed),
+            max_per_address=options.max_per_address,
+            max_unnamed=options.max_unnamed,
+            name_deadline=options.name_deadline,
+            rate_limit=options.rate_limit,
+        )
+    except (OSError, UnicodeError) as error:
+        print(f"server.py: {_explain(error, options)}", file=sys.stderr)
+        return 1
+    with server:
+        while signals.empty():
+            with contextlib.suppress(queue.Empty):
+                # Windows looks at signals only between two calls.
+                signals.get(timeout=1.0 if sys.platform == "win32" else None)
+                break
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="server.py",
+        description="Run a chat room that client.py, nc and telnet can join.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    option("--host", default=protocol.HOST, help="address to listen on; 0.0.0.0 is all of them")
+    option("--port", type=_port, default=protocol.PORT, help="0 takes any free one")
+    option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="of the text")
+    option("--max-clients", type=_number(int, 1), default=1000, metavar="N", help="in the room")
+    option("--max-per-address", type=_number(int, 1), default=50, metavar="N", help="but loopback")
+    option("--max-unnamed", type=_number(int, 1), default=64, metavar="N", help="not in it yet")
+    option(
+        "--name-deadline",
+        type=_number(float, 0.1),
+        default=30.0,
+        metavar="SECONDS",
+        help="to give a name",
+    )
+    option(
+        "--rate-limit",
+        type=_number(float, 0),
+        default=5.0,
+        metavar="LINES",
+        help=f"a second for each client, after {BURST} at once; 0 is no limit",
+    )
+    option("--log-file", metavar="FILE", help="log there too")
+    option("-v", "--verbose", action="store_true", help="log what is said too")
+    option("--version", action="version", version=f"%(prog)s {protocol.__version__}")
+    return parser
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port number; use 0 to 65535")
+    return int(text)
+
+
+def _number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:
+    """Return what reads a number of `kind` that is not under `least`."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
+        return value
+
+    return read
+
+
+def _affordable(clients: int, unnamed: int) -> int:
+    """Return how many clients the limit of file descriptors allows, raised if need be."""
+    if resource is None:
+        return clients
+    wanted = clients + unnamed + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < wanted:
+            clients = max(1, soft - unnamed - SPARE_DESCRIPTORS)
+            log.warning("room for %d clients only: %d file descriptors allowed", clients, soft)
+    return clients
+
+
+def _log_to(file: str | None, verbose: bool) -> None:
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if file:
+        handlers.append(logging.FileHandler(file))
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        level=logging.DEBUG if verbose else logging.INFO,
+        handlers=handlers,
+    )
+    logging.raiseExceptions = False  # a closed terminal or a full disk ends no server
+
+
+def _explain(error: Exception, options: argparse.Namespace) -> str:
+    """Say what keeps the server from starting and what to do about it."""
+    where = f"cannot listen on {options.host} port {options.port}"
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return f"{where}: unknown host; choose an address of this machine with --host"
+    assert isinstance(error, OSError)
+    if error.filename:
+        return f"cannot write {error.filename}: {error.strerror}; choose another --log-file"
+    remedy = {
+        errno.EADDRINUSE: "the port is in use; choose another with --port",
+        errno.EADDRNOTAVAIL: "not an address of this machine; choose one with --host",
+        errno.EACCES: "not permitted; choose a port over 1023 with --port",
+    }
+    return f"{where}: {remedy.get(error.errno or 0, error.strerror)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
