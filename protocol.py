@@ -389,6 +389,12 @@ def here(names: list[str]) -> list[str]:
     return [answer(part) for part in textwrap.wrap(text, MAX_LINE, break_on_hyphens=False)]
 
 
+def names_in(line: str) -> tuple[int, list[str]] | None:
+    """Return N and the names of ``-> N here: alice, bob``, its first line at least; else None."""
+    match = re.fullmatch(r"-> (\d+) here: (.*)", line, re.ASCII)
+    return (int(match[1]), match[2].rstrip(",").split(", ")) if match else None
+
+
 def at(position: int) -> str:
     """Tell the position of the next room line."""
     return answer(f"at {position}")
@@ -404,6 +410,11 @@ def not_sent(why: object) -> str:
     return answer(f"not sent: {why}")
 
 
+def is_refusal(line: str) -> bool:
+    """Tell whether a line is ``-> not sent: ...``."""
+    return line.startswith(not_sent(""))
+
+
 def sent_to(name: str, text: str) -> str:
     """Confirm a private line."""
     return answer(f"to {name}: {text}")
@@ -414,6 +425,19 @@ def now_named(name: str) -> str:
     return answer(f"you are now {name}")
 
 
+#: What clients can ask for: how it is written and what it does.
+COMMANDS = {
+    "help": ("/help", "list the commands"),
+    "names": ("/names", "see who is here"),
+    "me": ("/me ACTION", "say what you do"),
+    "msg": ("/msg NAME TEXT", "say something to one person alone"),
+    "nick": ("/nick NAME", "change your name"),
+    "history": ("/history [N]", "see the last N lines with their times"),
+    "search": ("/search WORD", "see the last lines with WORD in them"),
+    "quit": ("/quit", "leave"),
+}
+
+NOTHING_SAID = answer("nothing has been said yet")
 BYE = answer("bye")
 ROOM_FULL = answer("the room is full; try again later")
 ADDRESS_FULL = answer("too many connections from your address; close one and try again")
@@ -460,6 +484,9 @@ def name_in(line: str) -> str | None:
 # --- Carrying the bytes ------------------------------------------------------
 
 
+RECEIVE = 64 * 1024  # bytes taken from a socket at once
+
+
 class Connection:
     """A connected socket that one thread reads, another writes and its owner closes.
 
@@ -479,19 +506,25 @@ class Connection:
         """Return the descriptor, -1 when closed (for selectors)."""
         return self._sock.fileno()
 
-    def receive(self, deadline: float | None = None, size: int = 64 * 1024) -> bytes:
-        """Wait for bytes and return up to `size`; ``b""`` is the end.
+    def receive(self, deadline: float | None = None) -> bytes:
+        """Wait for bytes and return them; ``b""`` is the end.
 
         Raise `TimeoutError` when `deadline` (`time.monotonic` seconds) passes
         first, `OSError` when the connection broke.
         """
         while True:
-            _wait(self._sock, writable=False, deadline=deadline)
-            with self._lock:
-                try:
-                    return self._sock.recv(size)
-                except (BlockingIOError, InterruptedError):
-                    continue
+            _wait_readable(self._sock, deadline)
+            data = self.receive_now()
+            if data is not None:
+                return data
+
+    def receive_now(self) -> bytes | None:
+        """Return the bytes that are there, ``b""`` at the end, None when none are there yet."""
+        with self._lock:
+            try:
+                return self._sock.recv(RECEIVE)
+            except (BlockingIOError, InterruptedError):
+                return None
 
     def send(self, data: bytes | memoryview) -> int:
         """Send what the socket takes without waiting and return how many bytes that were."""
@@ -500,14 +533,6 @@ class Connection:
                 return self._sock.send(data)
             except (BlockingIOError, InterruptedError):
                 return 0
-
-    def send_all(self, data: bytes, deadline: float | None = None) -> None:
-        """Send everything, waiting for room; raise `TimeoutError` at the deadline."""
-        view = memoryview(data)
-        while view:
-            view = view[self.send(view) :]
-            if view:
-                _wait(self._sock, writable=True, deadline=deadline)
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         """End the connection from any thread; it wakes the one that waits in `receive`."""
@@ -531,20 +556,51 @@ class Connection:
             self._sock.close()
 
 
-def _wait(sock: socket.socket, *, writable: bool, deadline: float | None) -> None:
-    """Wait until a socket can be read or written; raise `TimeoutError` at the deadline."""
+def _wait_readable(sock: socket.socket, deadline: float | None) -> None:
+    """Wait until a socket can be read; raise `TimeoutError` at the deadline."""
     seconds = None if deadline is None else deadline - time.monotonic()
     if seconds is not None and seconds <= 0:  # also for a peer that drips without a pause
         raise TimeoutError("the deadline has passed")
     if hasattr(select, "poll"):
         poller = select.poll()
-        poller.register(sock, select.POLLOUT if writable else select.POLLIN)
+        poller.register(sock, select.POLLIN)
         ready = bool(poller.poll(None if seconds is None else seconds * 1000))
     else:  # Windows, where select() takes any descriptor; elsewhere none over 1023
-        wanted = ([], [sock], [sock]) if writable else ([sock], [], [])
-        ready = any(select.select(*wanted, seconds))
+        ready = any(select.select([sock], [], [], seconds))
     if not ready:
         raise TimeoutError("the deadline has passed")
+
+
+class Waker:
+    """Wakes a thread that waits in a selector."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._awake = False
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait for."""
+        return self._reader.fileno()
+
+    def wake(self) -> None:
+        """Make the descriptor readable until `clear`."""
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):  # full, so readable already; or closed
+                self._writer.send(b"\0")
+
+    def clear(self) -> None:
+        """Take back what `wake` did; what it was called for must be looked at afterwards."""
+        self._awake = False
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._reader.close()
+        self._writer.close()
 
 
 KEEPALIVE_IDLE = 60  # seconds of silence before the first probe

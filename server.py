@@ -44,7 +44,7 @@ except ImportError:  # Windows has no limits of this kind
     resource = None  # type: ignore[assignment]
 
 import protocol
-from protocol import Connection, Framer, Introduction, Refusal
+from protocol import Connection, Framer, Introduction, Refusal, Waker
 
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
@@ -239,38 +239,6 @@ class Left:
 
 
 Entry = bytes | Told | Joined | Left  # bytes are a line of the room
-
-
-class Waker:
-    """Wakes a thread that waits in a selector."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-        self._awake = False
-
-    def fileno(self) -> int:
-        """Return the descriptor to wait for."""
-        return self._reader.fileno()
-
-    def wake(self) -> None:
-        """Make the descriptor readable until `clear`."""
-        if not self._awake:
-            self._awake = True
-            with contextlib.suppress(OSError):  # full, so readable already; or closed
-                self._writer.send(b"\0")
-
-    def clear(self) -> None:
-        """Take back what `wake` did; what it was called for must be looked at afterwards."""
-        self._awake = False
-        with contextlib.suppress(BlockingIOError):
-            self._reader.recv(4096)
-
-    def close(self) -> None:
-        """Give the descriptors back."""
-        self._reader.close()
-        self._writer.close()
 
 
 class Room:
@@ -578,25 +546,16 @@ class Usage(Exception):
     """A command was given what it does not take."""
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What ``/verb`` does: `run` gives what goes into the queue."""
+Run = Callable[[Room, Client, str], Iterable[Entry]]  # gives what goes into the queue
 
-    usage: str
-    help: str
-    run: Callable[[Room, Client, str], Iterable[Entry]]
+COMMANDS: dict[str, Run] = {}
 
 
-COMMANDS: dict[str, Command] = {}
-
-Run = Callable[[Room, Client, str], Iterable[Entry]]
-
-
-def command(usage: str, summary: str) -> Callable[[Run], Run]:
-    """Enter a function into `COMMANDS` under the verb that `usage` begins with."""
+def command(verb: str) -> Callable[[Run], Run]:
+    """Have a function run for ``/verb``, which `protocol.COMMANDS` explains."""
 
     def enter(run: Run) -> Run:
-        COMMANDS[usage.split()[0].removeprefix("/")] = Command(usage, summary, run)
+        COMMANDS[verb] = run
         return run
 
     return enter
@@ -604,13 +563,14 @@ def command(usage: str, summary: str) -> Callable[[Run], Run]:
 
 def obey(room: Room, client: Client, verb: str, argument: str) -> Iterable[Entry]:
     """Run a command; answer one that is unknown or misused with what would be right."""
-    known = COMMANDS.get(verb)
-    if known is None:
+    run = COMMANDS.get(verb)
+    if run is None:
         return told(room, client, f"there is no /{verb[:20]}; /help lists the commands")
     try:
-        return list(known.run(room, client, argument))
+        return run(room, client, argument)
     except Usage:
-        return told(room, client, f"usage: {known.usage}, to {known.help}")
+        usage, purpose = protocol.COMMANDS[verb]
+        return told(room, client, f"usage: {usage}, to {purpose}")
     except Refusal as refusal:
         return [Told(client, room.line(protocol.not_sent(refusal)))]
 
@@ -620,26 +580,26 @@ def told(room: Room, client: Client, *texts: str) -> list[Entry]:
     return [Told(client, room.line(protocol.answer(text))) for text in texts]
 
 
-@command("/help", "list the commands")
+@command("help")
 def _help(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    width = max(len(known.usage) for known in COMMANDS.values())
-    lines = (f"{known.usage:{width}}  {known.help}" for known in COMMANDS.values())
+    width = max(len(usage) for usage, _ in protocol.COMMANDS.values())
+    lines = (f"{usage:{width}}  {purpose}" for usage, purpose in protocol.COMMANDS.values())
     return told(room, client, *lines)
 
 
-@command("/names", "see who is here")
+@command("names")
 def _names(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     return [Told(client, room.line(line)) for line in protocol.here(room.present())]
 
 
-@command("/me ACTION", "say what you do")
+@command("me")
 def _me(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     if not argument:
         raise Usage
     return [room.line(protocol.did(client.name, argument))]
 
 
-@command("/msg NAME TEXT", "say something to one person alone")
+@command("msg")
 def _msg(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     name, _, text = argument.partition(" ")
     if not text.strip():
@@ -656,7 +616,7 @@ def _msg(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     ]
 
 
-@command("/nick NAME", "change your name")
+@command("nick")
 def _nick(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     if not argument:
         raise Usage
@@ -669,16 +629,17 @@ def _nick(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     ]
 
 
-@command("/history [N]", "see the last N lines with their times")
+@command("history")
 def _history(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     count = argument or str(protocol.REPLAY)
     if not re.fullmatch(r"\d{1,4}", count, re.ASCII) or not 1 <= int(count) <= MAX_ANSWER:
         return told(room, client, f"usage: /history [N], N from 1 to {MAX_ANSWER}")
     room.settle()
-    return recalled(room, client, room.history.last(int(count), fmt=room.fmt))
+    found = room.history.last(int(count), fmt=room.fmt)
+    return recalled(room, client, found) or [Told(client, room.line(protocol.NOTHING_SAID))]
 
 
-@command("/search WORD", "see the last lines with WORD in them")
+@command("search")
 def _search(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     if not argument:
         raise Usage
@@ -687,7 +648,7 @@ def _search(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     return recalled(room, client, found) or told(room, client, f"nobody said {argument}")
 
 
-@command("/quit", "leave")
+@command("quit")
 def _quit(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     raise Farewell("/quit", protocol.BYE)
 
