@@ -19,6 +19,7 @@ clock, but for `Connection`, which stands last and apart.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import enum
 import re
@@ -53,6 +54,13 @@ REPLAY = 20  # lines of the history for a newcomer that asks for nothing else
 
 class Refusal(ValueError):
     """What was given cannot be taken; its text says why and how to mend it."""
+
+
+def port(text: str) -> int:
+    """Read a port number off the command line."""
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port number; use 0 to 65535")
+    return int(text)
 
 
 # --- Framing -----------------------------------------------------------------
@@ -378,6 +386,11 @@ def welcome(name: str, others: list[str]) -> str:
 WELCOME_NAMES = 20  # in a greeting; /names lists the rest
 
 
+def is_welcome(line: str) -> bool:
+    """Tell whether a line says that the handshake is over."""
+    return line.startswith(answer("Welcome"))
+
+
 def welcome_back(name: str) -> str:
     """Greet somebody who takes a place back with the key."""
     return answer(f"Welcome back, {name}!")
@@ -389,10 +402,10 @@ def here(names: list[str]) -> list[str]:
     return [answer(part) for part in textwrap.wrap(text, MAX_LINE, break_on_hyphens=False)]
 
 
-def names_in(line: str) -> tuple[int, list[str]] | None:
-    """Return N and the names of ``-> N here: alice, bob``, its first line at least; else None."""
+def names_in(line: str) -> tuple[int, str] | None:
+    """Return N and the names of ``-> N here: alice, bob,``, the first of `here`; else None."""
     match = re.fullmatch(r"-> (\d+) here: (.*)", line, re.ASCII)
-    return (int(match[1]), match[2].rstrip(",").split(", ")) if match else None
+    return (int(match[1]), match[2]) if match else None
 
 
 def at(position: int) -> str:

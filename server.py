@@ -964,7 +964,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     option = parser.add_argument
     option("--host", default=protocol.HOST, help="address to listen on; 0.0.0.0 is all of them")
-    option("--port", type=_port, default=protocol.PORT, help="0 takes any free one")
+    option("--port", type=protocol.port, default=protocol.PORT, help="0 takes any free one")
     option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="of the text")
     option("--max-clients", type=_number(int, 1), default=1000, metavar="N", help="in the room")
     option("--max-per-address", type=_number(int, 1), default=50, metavar="N", help="but loopback")
@@ -987,12 +987,6 @@ def _parser() -> argparse.ArgumentParser:
     option("-v", "--verbose", action="store_true", help="log what is said too")
     option("--version", action="version", version=f"%(prog)s {protocol.__version__}")
     return parser
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port number; use 0 to 65535")
-    return int(text)
 
 
 def _number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:

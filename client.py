@@ -1,0 +1,1070 @@
+"""The chat client: shows what the room says and sends what is typed.
+
+    python client.py --host 127.0.0.1 --port 55555
+    make 2>&1 | python client.py --name build
+
+or, from Python, a bot::
+
+    with ChatClient("clock") as chat:
+        for line in chat:
+            if line.text == "!time":
+                chat.send(time.ctime())
+
+Two threads: `ChatClient.receive` alone touches the connection, and `write` reads
+what the user types and leaves it in a queue for `receive` to send.  Each line in
+that queue stays there until the room has broadcast it, so a connection that
+breaks loses nothing and says nothing twice.
+"""
+
+from __future__ import annotations
+
+import _thread
+import abc
+import argparse
+import ctypes
+import enum
+import importlib.util
+import os
+import queue
+import random
+import re
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import unicodedata
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import protocol
+from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, Waker
+
+if TYPE_CHECKING:
+    from prompt_toolkit.completion import Completer
+    from prompt_toolkit.key_binding import KeyBindings
+
+CONNECT_TIMEOUT = 10.0  # seconds for the connection, and again for being let in
+RETRY_FIRST = 0.5  # seconds before the first try to come back
+RETRY_MAX = 30.0  # seconds between tries at the most
+LEAVE_TIMEOUT = 3.0  # seconds for the server to say goodbye
+MAX_WAITING = 10_000  # lines not yet broadcast; with more, `send` waits
+MAX_TEXT = protocol.MAX_LINE - protocol.MAX_NAME - 2  # bytes, so that any name fits before it
+SEND_AHEAD = 16 * 1024  # bytes given to the socket at once
+
+
+# --- What happens ------------------------------------------------------------
+
+
+class Refused(Exception):
+    """The server does not let us in; the text is its reason."""
+
+
+class NameRefused(Refused):
+    """It would, under another name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What the client itself has to say, as ``-- text --``."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return f"-- {self.text} --"
+
+
+@dataclass(frozen=True, slots=True)
+class Unsent(Notice):
+    """A notice that a line was refused; `line` can be mended and sent again."""
+
+    line: str
+
+
+@dataclass(slots=True, eq=False)
+class Typed:
+    """A line on its way to the room."""
+
+    text: str  # as it was typed
+    verb: str  # of a command, else empty
+    echo: tuple[Kind, str] | None  # as the room says it, its receipt; None for a command
+
+
+def typed(text: str) -> Typed:
+    """Tell how the room will say what was typed."""
+    text = text.replace("\t", " ")
+    verb, argument = protocol.command(text) or ("", "")
+    if not verb:
+        return Typed(text, verb, (Kind.SAID, protocol.unslash(text)))
+    if verb == "me" and argument:
+        return Typed(text, verb, (Kind.DID, argument))
+    return Typed(text, verb, None)
+
+
+class State(enum.Enum):
+    """How far a connection has come."""
+
+    AT_THE_DOOR = enum.auto()  # being asked for name and password
+    CATCHING_UP = enum.auto()  # hearing what was said before
+    SETTLED = enum.auto()  # hearing and saying
+
+
+# --- The conversation --------------------------------------------------------
+
+
+class ChatClient:
+    """A place in the room that survives its connections.
+
+    Iterating gives each `Line` that comes.  `show`, when given, is called with
+    each `Line` and `Notice` instead, in the thread of `receive`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        host: str = protocol.HOST,
+        port: int = protocol.PORT,
+        fmt: str = protocol.FORMAT,
+        *,
+        show: Callable[[Line | Notice], None] | None = None,
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = protocol.check_name(name)
+        self.host = host
+        self.port = port
+        self.fmt = fmt
+        self.key = secrets.token_hex(16)  # takes our place back from a connection that is lost
+        self.position: int | None = None  # of the next line of the room
+        self.present: list[str] = []  # the names here, who spoke last first
+        self.failed = 0  # lines that were not broadcast, as far as we know
+        self.reason = ""  # why the conversation ended, when nobody here wanted it to
+        self._lines: queue.Queue[Line | None] = queue.Queue()
+        self._show = show or self._collect
+        self._ended = ended
+        self._leaving = threading.Event()
+        self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
+        # Guards the two queues below; notified when one of them gets shorter.
+        self._queues = threading.Condition()
+        self._waiting: deque[Typed] = deque()  # not sent yet
+        self._unconfirmed: deque[Typed] = deque()  # sent, without a receipt
+        # From here on, what only the thread that runs `receive` touches:
+        self._waker = Waker()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._waker, selectors.EVENT_READ)
+        self._connection: Connection | None = None
+        self._framer = Framer()
+        self._unsent = b""
+        self._state = State.AT_THE_DOOR
+        self._introduced = False  # our name is given
+        self._unbroken = True  # no line of the room was skipped
+        self._names_due = 0  # names still to come in the answer to our own /names
+        self._replay: list[Line] | None = None  # what we missed, until it is complete
+        self._lost_at = 0.0
+        self._next_try = 0.0
+
+    # Verbs.
+
+    def __enter__(self) -> ChatClient:
+        self.connect()
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.flush()
+        self.leave()
+
+    def __iter__(self) -> Iterator[Line]:
+        return iter(self._lines.get, None)
+
+    def connect(self) -> None:
+        """Connect and be let in.
+
+        Raise `OSError` when nobody answers, `NameRefused` when another name would
+        do and `Refused` when nothing would.
+        """
+        sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
+        self._connection = Connection(sock)
+        self._framer = Framer(protocol.MAX_SERVER_LINE)
+        self._unsent, self.reason = b"", ""
+        self._state, self._introduced = State.AT_THE_DOOR, False
+        self._selector.register(self._connection, selectors.EVENT_READ)
+        self._replay = None if self.position is None else []
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        try:
+            while self._state is State.AT_THE_DOOR:
+                self._exchange(deadline)
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def start(self) -> None:
+        """Start the thread that hears and sends."""
+        self._receiver.start()
+
+    def receive(self) -> None:
+        """Hear the server until we leave; come back whenever the connection is lost."""
+        try:
+            while not self._leaving.is_set():
+                try:
+                    while True:
+                        self._exchange()
+                except OSError:
+                    self._disconnect()
+                if not self._leaving.is_set():
+                    self._come_back()
+        except (Refused, OutputClosed) as error:
+            self.reason = str(error)
+        finally:
+            self._disconnect()
+            left_of_itself = not self._leaving.is_set()
+            self._leaving.set()
+            with self._queues:
+                self._queues.notify_all()
+            self._lines.put(None)
+            if left_of_itself:
+                self._ended()
+
+    def send(self, text: str) -> None:
+        """Say a line, or give a command; raise `Refusal` when the room cannot carry it.
+
+        Return before it is sent, but wait while `MAX_WAITING` lines are.
+        """
+        item = typed(text)
+        if not item.text.strip():
+            return
+        self._encode(item.text)
+        with self._queues:
+            self._queues.wait_for(lambda: self._leaving.is_set() or self._pending() < MAX_WAITING)
+            self._waiting.append(item)
+        self._waker.wake()
+
+    def flush(self) -> None:
+        """Wait until every line has its receipt, or the conversation has ended."""
+        with self._queues:
+            self._queues.wait_for(lambda: self._leaving.is_set() or not self._pending())
+
+    def leave(self) -> list[str]:
+        """Say goodbye and end the conversation; return what was typed and not confirmed."""
+        if not self._leaving.is_set():
+            with self._queues:
+                self._waiting.append(typed("/quit"))
+            self._leaving.set()
+            self._waker.wake()
+        self._receiver.join(LEAVE_TIMEOUT)
+        if self._receiver.is_alive():
+            self._cut()
+            self._receiver.join()
+        self._selector.close()
+        self._waker.close()
+        pending = [item.text for item in [*self._unconfirmed, *self._waiting]]
+        return [text for text in pending if text != "/quit"]
+
+    @property
+    def settled(self) -> bool:
+        """Whether what comes now is said now."""
+        return self._state is State.SETTLED
+
+    @property
+    def status(self) -> str:
+        """The state of the connection in a few words."""
+        if self._connection is not None and self._state is not State.AT_THE_DOOR:
+            return "connected"
+        return f"next try in {max(0.0, self._next_try - time.monotonic()):.0f} s"
+
+    def wait(self) -> None:
+        """Wait until the conversation has ended."""
+        self._receiver.join()
+
+    def _pending(self) -> int:
+        """Return how many lines have no receipt yet."""
+        return len(self._waiting) + len(self._unconfirmed)
+
+    # The connection.
+
+    def _exchange(self, deadline: float | None = None) -> None:
+        """Wait for bytes or for something to send, and deal with it."""
+        connection = self._connection
+        assert connection is not None
+        self._waker.clear()
+        self._take_waiting()
+        self._unsent = self._unsent[connection.send(self._unsent) :]
+        writing = selectors.EVENT_WRITE if self._unsent else 0
+        self._selector.modify(connection, selectors.EVENT_READ | writing)
+        if not self._selector.select(None if deadline is None else deadline - time.monotonic()):
+            raise TimeoutError("no answer came")
+        data = connection.receive_now()
+        if data == b"":
+            raise ConnectionError("the server closed the connection")
+        for line in self._framer.feed(data or b""):
+            self._hear(protocol.parse(protocol.escape(line, self.fmt)))
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._selector.unregister(self._connection)
+            self._connection.close()
+            self._connection = None
+            self._lost_at = time.monotonic()
+
+    def _come_back(self) -> None:
+        """Try until we are in the room again, or leave."""
+        self._show(Notice("connection lost; trying again"))
+        delay, said = RETRY_FIRST, ""
+        while True:
+            pause = delay * random.uniform(0.5, 1.0)
+            self._next_try = time.monotonic() + pause
+            if self._leaving.wait(pause):
+                return
+            try:
+                self.connect()
+                return
+            except Refused as refused:
+                if str(refused) != said:
+                    said = str(refused)
+                    self._show(Notice(said))
+            except OSError:
+                pass  # as long as it takes
+            delay = min(RETRY_MAX, delay * 2)
+
+    # What is sent.
+
+    def _take_waiting(self) -> None:
+        """Move lines from the queue to the socket's buffer, as many as are good for it."""
+        if self._state is not State.SETTLED:
+            return
+        with self._queues:
+            while self._waiting and len(self._unsent) < SEND_AHEAD:
+                if self._unconfirmed and self._unconfirmed[-1].verb == "nick":
+                    return  # what follows is said under the name that the answer tells
+                item = self._waiting.popleft()
+                self._unconfirmed.append(item)
+                self._unsent += self._encode(item.text)
+
+    def _encode(self, text: str) -> bytes:
+        # With room for the longest name: it may have changed when the line goes out.
+        protocol.encode(text, self.fmt, MAX_TEXT)
+        return protocol.encode(protocol.said(self.name, text), self.fmt)
+
+    # What is heard.
+
+    def _hear(self, line: Line) -> None:
+        if self._state is State.AT_THE_DOOR:
+            self._hear_at_door(line)
+        elif line.in_room:
+            self._hear_room(line)
+        elif line.kind is not Kind.ANSWER or self._hear_answer(str(line)):
+            self._bring(line)
+
+    def _hear_at_door(self, line: Line) -> None:
+        """Answer the server's questions until it says welcome."""
+        if line.kind is Kind.NICK and not self._introduced:
+            self._introduced = True
+            asked = Introduction(self.name, self.position, key=self.key)
+            self._unsent += protocol.encode(str(asked))
+        elif line.kind is Kind.NICK:
+            raise NameRefused(self.reason)
+        elif line.kind is Kind.ANSWER and protocol.is_welcome(str(line)):
+            self._state, self._unbroken = State.CATCHING_UP, True
+            # Its answer comes behind the replay: only then do we know what was heard.
+            self._unsent += protocol.encode("/names")
+            if self._replay is None:
+                self._show(line)
+        elif line.kind is Kind.ANSWER and protocol.is_final(str(line)):
+            raise Refused(line.text)
+        elif line.kind is Kind.ANSWER:
+            self.reason = line.text
+        else:
+            raise Refused("what answers there is not this chat; check --host and --port")
+
+    def _hear_room(self, line: Line) -> None:
+        if self.position is not None:
+            self.position += 1
+        self._follow(line)
+        if protocol.fold(line.name) == protocol.fold(self.name):
+            self._confirm(line)
+        self._bring(line)
+
+    def _confirm(self, line: Line) -> None:
+        """Take a line of ours as the receipt of what was typed."""
+        with self._queues:
+            for item in self._unconfirmed:
+                if item.echo == (line.kind, line.text):
+                    self._unconfirmed.remove(item)
+                    self._queues.notify_all()
+                    return
+
+    def _hear_answer(self, text: str) -> bool:
+        """Take in what the server says to us alone; tell whether to show it."""
+        if (position := protocol.position_in(text)) is not None:
+            self._unbroken = self.position in (None, position)
+            self.position = position
+        elif (missed := protocol.missed_in(text)) is not None:
+            self._skip(missed)
+            return True
+        elif self._names_due:
+            self._take_names(text.removeprefix("-> "))
+        elif self._state is State.CATCHING_UP and (found := protocol.names_in(text)):
+            self._names_due, names = found
+            self.present = []
+            self._take_names(names)
+            self._settle()
+        else:
+            self._hear_own_answer(text)
+            return True
+        return False
+
+    def _take_names(self, text: str) -> None:
+        """Take one line of the answer to our own /names."""
+        names = text.removesuffix(",").split(", ")
+        self.present += names
+        self._names_due = max(0, self._names_due - len(names))
+
+    def _hear_own_answer(self, text: str) -> None:
+        """Take an answer as the receipt of the oldest command, or as a line's refusal."""
+        with self._queues:
+            oldest = self._unconfirmed[0] if self._unconfirmed else None
+            refused = protocol.is_refusal(text)
+            if oldest is not None and (refused or oldest.echo is None):
+                self._unconfirmed.popleft()
+                self._queues.notify_all()
+        if (name := protocol.name_in(text)) is not None:
+            self.name = name
+        if oldest is not None and refused and oldest.echo is not None:
+            self.failed += 1
+            self._show(Unsent("the last line was not sent", oldest.text))
+
+    def _skip(self, count: int) -> None:
+        """Go on behind lines of the room that we do not get."""
+        self._unbroken = False
+        if self.position is not None:
+            self.position += count
+        if self._state is State.SETTLED:
+            self._give_up_receipts()
+
+    def _settle(self) -> None:
+        """The replay is over: show it, and send again what is not in it."""
+        self._state = State.SETTLED
+        replay, self._replay = self._replay, None
+        if replay is not None:
+            away = time.monotonic() - self._lost_at
+            lines = f"{len(replay)} line{'' if len(replay) == 1 else 's'} missed"
+            self._show(Notice(f"back after {away:.0f} s, {lines}"))
+            for line in replay:
+                self._show(line)
+        with self._queues:
+            commands = [item for item in self._unconfirmed if item.echo is None]
+            self._unconfirmed = deque(item for item in self._unconfirmed if item.echo)
+            if self._unbroken:
+                self._waiting.extendleft(reversed(self._unconfirmed))
+                self._unconfirmed.clear()
+            self._queues.notify_all()
+        for item in commands:
+            self._show(Notice(f"no answer came to: {item.text}"))
+        self._give_up_receipts()
+
+    def _give_up_receipts(self) -> None:
+        """Say which lines may or may not have been seen: their receipts are not to be had."""
+        with self._queues:
+            doubtful = [item for item in self._unconfirmed if item.echo]
+            self._unconfirmed = deque(item for item in self._unconfirmed if not item.echo)
+            self._queues.notify_all()
+        self.failed += len(doubtful)
+        for item in doubtful:
+            self._show(Notice(f"cannot know whether this was seen, not sent again: {item.text}"))
+
+    # What is shown.
+
+    def _bring(self, line: Line) -> None:
+        """Show a line, or keep it until the replay is complete."""
+        if self._replay is None:
+            self._show(line)
+        else:
+            self._replay.append(line)
+
+    def _collect(self, line: Line | Notice) -> None:
+        if isinstance(line, Line):
+            self._lines.put(line)
+
+    def _follow(self, line: Line) -> None:
+        """Keep track of who is here, who spoke last first."""
+        name, _, event = line.text.partition(" ")
+        if line.kind is not Kind.NOTICE:
+            self._move(line.name, line.name)
+        elif event == "joined the chat":
+            self._move(name, name)
+        elif event == "left the chat":
+            self._move(name, "")
+        elif event.startswith("is now "):
+            self._move(name, event.removeprefix("is now "))
+
+    def _move(self, name: str, to: str) -> None:
+        self.present = [to] * bool(to) + [other for other in self.present if other != name]
+
+    def _cut(self) -> None:
+        """Break the connection off, from another thread."""
+        connection = self._connection
+        if connection is not None:
+            connection.shutdown()
+
+
+# --- How it looks ------------------------------------------------------------
+
+# Of the 256 colours, twelve far apart whose contrast is at least 3.5 to 1 on
+# black and on white; where there are only 16, the six that have a hue.
+PALETTE = (26, 29, 64, 94, 97, 125, 130, 133, 161, 166, 66, 100)
+BASIC_PALETTE = (31, 32, 33, 34, 35, 36)
+
+
+class Look:
+    """Turns what happens into the text that stands on the screen."""
+
+    def __init__(self, *, color: bool = False, timestamps: bool = False, bell: bool = False):
+        self.color = color
+        self.timestamps = timestamps
+        self.bell = bell
+        many = "256color" in os.environ.get("TERM", "") or "COLORTERM" in os.environ
+        self._codes = (
+            [f"38;5;{number}" for number in PALETTE] if many else [str(c) for c in BASIC_PALETTE]
+        )
+
+    def render(self, item: Line | Notice, me: str, *, live: bool = True) -> str:
+        """Return an item as it is shown to the one called `me`; `live` is not a replay."""
+        if isinstance(item, Notice):
+            text, mine = self._paint("2", str(item)), False
+        else:
+            text, mine = self._line(item, me)
+        stamp = self._paint("2", time.strftime("%H:%M ")) if self.timestamps else ""
+        return stamp + text + ("\a" if mine and live and self.bell else "")
+
+    def _line(self, line: Line, me: str) -> tuple[str, bool]:
+        """Return a line as it is shown, and whether it is meant for `me` above all."""
+        if line.kind is Kind.PRIVATE:
+            return self._paint("1;35", str(line)), True
+        if line.kind is Kind.NOTICE:
+            return self._paint("2", str(line)), False
+        if line.kind not in (Kind.SAID, Kind.DID):
+            return str(line), False
+        if protocol.fold(line.name) == protocol.fold(me):
+            return str(line).replace(line.name, self._paint("1", line.name), 1), False
+        text, count = re.subn(
+            rf"(?<![\w-]){re.escape(me)}(?![\w-])",
+            lambda found: self._paint("1;7", found[0]),
+            line.text,
+            flags=re.IGNORECASE,
+        )
+        shown = Line(line.kind, self._paint(self._of_name(line.name), line.name), text)
+        return str(shown), count > 0
+
+    def _of_name(self, name: str) -> str:
+        return self._codes[zlib.crc32(protocol.fold(name).encode()) % len(self._codes)]
+
+    def _paint(self, code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self.color else text
+
+
+# --- Where it is typed and shown ---------------------------------------------
+
+
+class OutputClosed(Exception):
+    """Nobody reads what we show, as behind ``| head``."""
+
+
+class Screen(abc.ABC):
+    """Where the user types and reads: a pipe or one of two kinds of terminal.
+
+    `read` and `ask` belong to the main thread, `show` is called from any.
+    """
+
+    interactive = True
+
+    def __init__(self, look: Look) -> None:
+        self.look = look
+        self.chat: ChatClient | None = None  # as soon as there is one
+        self._given_back = ""
+
+    @abc.abstractmethod
+    def read(self) -> str:
+        """Return what is typed next; raise `EOFError` at the end, `KeyboardInterrupt` to leave."""
+
+    @abc.abstractmethod
+    def show(self, item: Line | Notice) -> None:
+        """Show an item without disturbing what is half typed."""
+
+    def ask(self, question: str) -> str:
+        """Return the answer to a question."""
+        return input(question)
+
+    def give_back(self, line: str) -> None:
+        """Let the next `read` begin with a line that was refused."""
+        self._given_back = line
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        return
+
+    def _render(self, item: Line | Notice) -> str:
+        if isinstance(item, Unsent):
+            self.give_back(item.line)
+        chat = self.chat
+        return self.look.render(item, chat.name if chat else "", live=not chat or chat.settled)
+
+    def _prompt(self) -> str:
+        return f"{self.chat.name}> " if self.chat else "> "
+
+
+class Pipe(Screen):
+    """Lines from standard input, lines to standard output, the client's own words to stderr."""
+
+    interactive = False
+
+    def __init__(self, look: Look, fmt: str) -> None:
+        super().__init__(look)
+        self._fmt = fmt
+
+    def read(self) -> str:
+        """Return the next line; raise `Refusal` for one that the room cannot carry."""
+        line = sys.stdin.buffer.readline(protocol.MAX_UNFRAMED)
+        if not line:
+            raise EOFError
+        rest = line
+        while rest and not rest.endswith(b"\n"):  # it is far too long; the next begins behind it
+            rest = sys.stdin.buffer.readline(protocol.MAX_UNFRAMED)
+        text = protocol.decode(line.rstrip(b"\r\n"), self._fmt, MAX_TEXT)
+        # What a program prints may begin with a slash and be no command of ours.
+        verb, _ = protocol.command(text) or ("", "")
+        return text if not verb or verb in protocol.COMMANDS else protocol.slash(text)
+
+    def show(self, item: Line | Notice) -> None:
+        """Print a line at once."""
+        if isinstance(item, Notice):
+            print(f"client.py: {item.text}", file=sys.stderr, flush=True)
+            return
+        try:
+            print(self._render(item), flush=True)
+        except (OSError, ValueError) as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise OutputClosed from error
+
+    def ask(self, question: str) -> str:
+        """Take the first line as the answer."""
+        return self.read()
+
+
+class ReadlineTerminal(Screen):
+    """A terminal with the standard library alone: `input`, with GNU readline where there is one.
+
+    What comes while readline waits for a key is printed above the half-typed
+    line by the main thread, in a signal handler: readline's own functions take
+    the line off the screen and put it back, cursor and all.  Without them (libedit,
+    Windows) it is printed by the thread that brings it, and the line written again.
+    """
+
+    def __init__(self, look: Look) -> None:
+        super().__init__(look)
+        self._readline = _import_readline()
+        self._library = _readline_library(self._readline)
+        self._waiting: deque[str] = deque()  # rendered, not yet on the screen
+        self._shown = threading.Event()  # set when they are
+        self._reading = False  # from before `input` to after its line is off the screen
+        self._showing = False
+        self._cleared = False  # Ctrl-C cleared a half-typed line, and did not mean to leave
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        if self._library:
+            signal.signal(signal.SIGUSR1, lambda number, frame: self._show_waiting())
+
+    def read(self) -> str:
+        """Return the line that is typed next, and take it off the screen."""
+        while True:
+            self._reading = True
+            try:
+                self._begin()
+                text = input(self._prompt())
+                self._erase(self._prompt() + text)
+                return text
+            except KeyboardInterrupt:
+                if not self._cleared:
+                    raise
+            except EOFError:
+                self._write("\r\x1b[K")
+                raise
+            finally:
+                self._reading = self._cleared = False
+                self._show_waiting()
+
+    def show(self, item: Line | Notice) -> None:
+        """Print an item above the half-typed line."""
+        self._waiting.append(self._render(item))
+        if not self._library:
+            self._show_plainly()
+        elif threading.current_thread() is threading.main_thread():
+            self._show_waiting()
+        while self._waiting:
+            self._shown.clear()
+            # Again and again: a signal that comes just before readline waits is lost on it.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            self._shown.wait(0.05)
+
+    def close(self) -> None:
+        """Take no more signals."""
+        if self._library:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def _begin(self) -> None:
+        """Have Tab complete, and put a line that was refused back into the prompt."""
+        if self._readline is None:
+            return
+        line, self._given_back = self._given_back, ""
+        self._readline.set_startup_hook(lambda: self._readline.insert_text(line))
+        self._readline.set_completer(self._complete)
+        self._readline.set_completer_delims(" ")
+        libedit = "libedit" in (self._readline.__doc__ or "")
+        self._readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: menu-complete")
+
+    def _complete(self, word: str, state: int) -> str | None:
+        assert self._readline is not None
+        before = self._readline.get_line_buffer()[: self._readline.get_endidx()]
+        found = completions(before, self.chat)
+        return found[state] if state < len(found) else None
+
+    def _show_waiting(self) -> None:
+        """Print what waits; in the main thread, where readline runs too."""
+        library = self._library if self._library and self._library.is_reading() else None
+        if self._showing or (self._reading and not library):
+            return  # it is being done, or readline is just beginning or ending
+        self._showing = True
+        if library:
+            library.hide()
+        while self._waiting:
+            self._write(self._waiting[0] + "\n")
+            self._waiting.popleft()
+        if library:
+            library.unhide()
+        self._showing = False
+        self._shown.set()
+
+    def _show_plainly(self) -> None:
+        line = self._prompt() + (self._readline.get_line_buffer() if self._readline else "")
+        while self._waiting:
+            text = self._waiting.popleft() + "\n"
+            self._write(f"\r\x1b[K{text}{line}" if self._reading else text)
+
+    def _erase(self, typed: str) -> None:
+        """Take a line off the screen that was just entered, over all its rows."""
+        columns = shutil.get_terminal_size().columns
+        rows = sum(max(1, -(-_width(part) // columns)) for part in typed.split("\n"))
+        self._write(f"\x1b[{rows}A\r\x1b[J")
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+        if self._reading and self._library and self._library.is_reading():
+            self._cleared = bool(self._readline.get_line_buffer())
+            self._library.hide()
+        raise KeyboardInterrupt
+
+    def _write(self, text: str) -> None:
+        """Write past Python's buffer, which a signal handler must not enter twice."""
+        data = text.encode(sys.stdout.encoding, "backslashreplace")
+        while data:
+            data = data[os.write(sys.stdout.fileno(), data) :]
+
+
+class _Readline:
+    """The functions of GNU readline that Python's module does not offer."""
+
+    TERMPREPPED = 0x4  # in rl_readline_state: the terminal is set up for reading a line
+
+    def __init__(self, library: ctypes.PyDLL) -> None:
+        self._library = library
+        self._state = ctypes.c_ulong.in_dll(library, "rl_readline_state")
+        ctypes.c_int.in_dll(library, "rl_sort_completion_matches").value = 0
+        self._clear = library.rl_clear_visible_line
+        self._flush = ctypes.PyDLL(None).fflush
+
+    def is_reading(self) -> bool:
+        """Tell whether readline holds the terminal."""
+        return bool(self._state.value & self.TERMPREPPED)
+
+    def hide(self) -> None:
+        """Take the prompt and the half-typed line off the screen, over all their rows."""
+        self._clear()
+        self._flush(None)
+
+    def unhide(self) -> None:
+        """Put them back below what was printed."""
+        self._library.rl_on_new_line()
+        self._library.rl_redisplay()
+
+
+def _import_readline() -> Any:
+    try:
+        import readline
+    except ImportError:  # as on Windows: input() edits as well as the console does
+        return None
+    return readline
+
+
+def _readline_library(readline: Any) -> _Readline | None:
+    try:
+        return _Readline(ctypes.PyDLL(readline.__file__))
+    except (AttributeError, OSError, TypeError, ValueError):
+        return None  # no GNU readline, or built into the interpreter
+
+
+def _width(text: str) -> int:
+    """Return how many columns a text takes."""
+    return sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
+
+
+def completions(before: str, chat: ChatClient | None) -> list[str]:
+    """Return what the last word before the cursor may become."""
+    if before.startswith("/") and " " not in before:
+        return [f"/{verb} " for verb in protocol.COMMANDS if f"/{verb}".startswith(before)]
+    start, _, word = before.rpartition(" ")
+    names = [name for name in (chat.present if chat else []) if chat and name != chat.name]
+    suffix = " " if start else ": "
+    return [name + suffix for name in names if protocol.fold(name).startswith(protocol.fold(word))]
+
+
+class ToolkitTerminal(Screen):
+    """A terminal with prompt_toolkit, which does the editing and redraws around what comes."""
+
+    def __init__(self, look: Look) -> None:
+        super().__init__(look)
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.patch_stdout import StdoutProxy
+
+        self._session: PromptSession[str] = PromptSession(
+            completer=_toolkit_completer(self),
+            key_bindings=_toolkit_keys(),
+            bottom_toolbar=self._status,
+            complete_while_typing=False,
+            enable_suspend=True,
+            erase_when_done=True,
+            refresh_interval=1.0,
+        )
+        self._output = StdoutProxy(raw=True, sleep_between_writes=0.02)
+
+    def read(self) -> str:
+        """Return the text that is typed next; a paste may have several lines."""
+        line, self._given_back = self._given_back, ""
+        return self._session.prompt(self._prompt, default=line)
+
+    def show(self, item: Line | Notice) -> None:
+        """Print an item above the half-typed line."""
+        self._output.write(self._render(item) + "\n")
+        self._output.flush()
+
+    def close(self) -> None:
+        """Print what has not been printed yet."""
+        self._output.close()
+
+    def _status(self) -> str:
+        chat = self.chat
+        return f" {chat.name} on {chat.host}:{chat.port}, {chat.status}" if chat else ""
+
+
+def _toolkit_completer(screen: Screen) -> Completer:
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+    from prompt_toolkit.document import Document
+
+    class NameCompleter(Completer):
+        def get_completions(
+            self, document: Document, complete_event: CompleteEvent
+        ) -> Iterator[Completion]:
+            before = document.text_before_cursor
+            word = before.rpartition(" ")[2]
+            for text in completions(before, screen.chat):
+                yield Completion(text, start_position=-len(word))
+
+    return NameCompleter()
+
+
+def _toolkit_keys() -> KeyBindings:
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    bindings = KeyBindings()
+
+    @bindings.add("c-c")
+    def clear_or_leave(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
+    return bindings
+
+
+# --- The command line --------------------------------------------------------
+
+
+class Leave(KeyboardInterrupt):
+    """A signal, or the end of the conversation, tells the main thread to leave."""
+
+
+def write(chat: ChatClient, screen: Screen) -> int:
+    """Send what is typed until there is no more; return how many lines were refused."""
+    refused = 0
+    while True:
+        try:
+            lines = screen.read().split("\n")
+        except EOFError:
+            return refused
+        except Refusal as refusal:
+            refused += 1
+            screen.show(Notice(f"a line was not sent: {refusal}"))
+            continue
+        for line in lines:
+            if line.strip() == "/quit":
+                return refused
+            try:
+                chat.send(line)
+            except Refusal as refusal:
+                refused += 1
+                screen.show(Unsent(f"not sent: {refusal}", line))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Chat until the user leaves; return the exit status."""
+    options = _parser().parse_args(arguments)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), _leave)
+    screen = _screen(options)
+    try:
+        return _converse(screen, options)
+    except (KeyboardInterrupt, OutputClosed):
+        return 0
+    except EOFError:
+        return _fail("there is no name; give one with --name or as the first line")
+    except (Refusal, Refused) as refused:
+        return _fail(str(refused))
+    except (OSError, UnicodeError) as error:
+        return _fail(_explain(error, options))
+    finally:
+        screen.close()
+
+
+def _converse(screen: Screen, options: argparse.Namespace) -> int:
+    """Join the room, talk, and leave; return the exit status."""
+    chat = _join(screen, options)
+    refused = 0
+    try:
+        refused = write(chat, screen)
+        if options.listen and not screen.interactive:
+            chat.wait()
+        elif not screen.interactive:
+            chat.flush()
+    except KeyboardInterrupt:
+        pass
+    unsent = chat.leave()
+    for text in unsent:
+        screen.show(Notice(f"not sent: {text}"))
+    if chat.reason:
+        raise Refused(chat.reason)
+    return 1 if not screen.interactive and (refused or unsent or chat.failed) else 0
+
+
+def _join(screen: Screen, options: argparse.Namespace) -> ChatClient:
+    """Get into the room, under another name if the first cannot be had."""
+    name = options.name
+    chat: ChatClient | None = None
+    while True:
+        try:
+            name = protocol.check_name((name or screen.ask("Your name: ")).strip())
+            if chat is None:
+                chat = ChatClient(
+                    name,
+                    options.host,
+                    options.port,
+                    options.format,
+                    show=screen.show,
+                    ended=_interrupt_main,
+                )
+            chat.name = name
+            screen.chat = chat
+            chat.connect()
+            chat.start()
+            return chat
+        except (Refusal, NameRefused) as refused:
+            if not screen.interactive:
+                raise
+            screen.show(Notice(str(refused)))
+            name = ""
+
+
+def _screen(options: argparse.Namespace) -> Screen:
+    """Return the best screen for where standard input and output lead."""
+    look = Look(timestamps=options.timestamps)
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return Pipe(look, options.format)
+    dumb = os.environ.get("TERM", "") in ("", "dumb")
+    look.color = not (options.no_color or os.environ.get("NO_COLOR") or dumb)
+    look.bell = not options.no_bell
+    if importlib.util.find_spec("prompt_toolkit") and not dumb:
+        return ToolkitTerminal(look)
+    return ReadlineTerminal(look)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise Leave
+
+
+def _interrupt_main() -> None:
+    """Make the main thread stop reading, whatever it waits for."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+    else:
+        _thread.interrupt_main(signal.SIGTERM)
+
+
+def _fail(text: str) -> int:
+    print(f"client.py: {text}", file=sys.stderr)
+    return 1
+
+
+def _explain(error: Exception, options: argparse.Namespace) -> str:
+    """Say why there is no connection and what to do about it."""
+    where = f"{options.host} port {options.port}"
+    if isinstance(error, (socket.gaierror, UnicodeError)):
+        return f"unknown host {options.host}; check --host"
+    if isinstance(error, ConnectionRefusedError):
+        return f"no server on {where}; start one with server.py, or check --host and --port"
+    if isinstance(error, TimeoutError):
+        return f"no answer from {where}; check --host and --port"
+    return f"cannot talk to {where}: {error}; check --host and --port"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="client.py",
+        description="Join a chat room. On a terminal, /help lists the commands.",
+    )
+    option = parser.add_argument
+    option("--name", default="", help="yours in the room; asked for without it")
+    option("--host", default=protocol.HOST, help="the server's (default: %(default)s)")
+    option("--port", type=protocol.port, default=protocol.PORT, help="(default: %(default)s)")
+    option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="the server's too")
+    option("--listen", action="store_true", help="in a pipe, stay after the end of input")
+    option("--timestamps", action="store_true", help="show when each line came")
+    option("--no-color", action="store_true", help="as the variable NO_COLOR does")
+    option("--no-bell", action="store_true", help="for your name and private lines")
+    option("--version", action="version", version=f"%(prog)s {protocol.__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
