@@ -246,6 +246,9 @@ class ChatClient:
         if not item.text.strip():
             return
         self._encode(item.text)
+        if item.verb == "nick" and self._state is State.AT_THE_DOOR:
+            self.name = protocol.check_name(item.text.partition(" ")[2].strip())
+            return  # nobody there to ask: it is the name to come back with
         with self._queues:
             self._queues.wait_for(lambda: self._leaving.is_set() or self._pending() < MAX_WAITING)
             self._waiting.append(item)
@@ -278,9 +281,14 @@ class ChatClient:
         return self._state is State.SETTLED
 
     @property
+    def away(self) -> bool:
+        """Whether there is no connection."""
+        return self._state is State.AT_THE_DOOR
+
+    @property
     def status(self) -> str:
         """The state of the connection in a few words."""
-        if self._connection is not None and self._state is not State.AT_THE_DOOR:
+        if not self.away:
             return "connected"
         return f"next try in {max(0.0, self._next_try - time.monotonic()):.0f} s"
 
@@ -316,6 +324,7 @@ class ChatClient:
             self._selector.unregister(self._connection)
             self._connection.close()
             self._connection = None
+            self._state = State.AT_THE_DOOR
             self._lost_at = time.monotonic()
 
     def _come_back(self) -> None:
@@ -577,6 +586,10 @@ class Look:
 # --- Where it is typed and shown ---------------------------------------------
 
 
+class Leave(KeyboardInterrupt):
+    """A signal, or the end of the conversation, tells the main thread to leave."""
+
+
 class OutputClosed(Exception):
     """Nobody reads what we show, as behind ``| head``."""
 
@@ -693,6 +706,9 @@ class ReadlineTerminal(Screen):
                 text = input(self._prompt())
                 self._erase(self._prompt() + text)
                 return text
+            except Leave:
+                self._write("\n")
+                raise
             except KeyboardInterrupt:
                 if not self._cleared:
                     raise
@@ -731,6 +747,7 @@ class ReadlineTerminal(Screen):
         self._readline.set_completer_delims(" ")
         libedit = "libedit" in (self._readline.__doc__ or "")
         self._readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: menu-complete")
+        self._readline.parse_and_bind("set enable-bracketed-paste on")
 
     def _complete(self, word: str, state: int) -> str | None:
         assert self._readline is not None
@@ -746,6 +763,7 @@ class ReadlineTerminal(Screen):
         self._showing = True
         if library:
             library.hide()
+            self._write("\r")
         while self._waiting:
             self._write(self._waiting[0] + "\n")
             self._waiting.popleft()
@@ -767,9 +785,11 @@ class ReadlineTerminal(Screen):
         self._write(f"\x1b[{rows}A\r\x1b[J")
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+        self._cleared = False
         if self._reading and self._library and self._library.is_reading():
             self._cleared = bool(self._readline.get_line_buffer())
             self._library.hide()
+            self._write("\r")
         raise KeyboardInterrupt
 
     def _write(self, text: str) -> None:
@@ -911,10 +931,6 @@ def _toolkit_keys() -> KeyBindings:
 # --- The command line --------------------------------------------------------
 
 
-class Leave(KeyboardInterrupt):
-    """A signal, or the end of the conversation, tells the main thread to leave."""
-
-
 def write(chat: ChatClient, screen: Screen) -> int:
     """Send what is typed until there is no more; return how many lines were refused."""
     refused = 0
@@ -932,6 +948,8 @@ def write(chat: ChatClient, screen: Screen) -> int:
                 return refused
             try:
                 chat.send(line)
+                if screen.interactive and chat.away and line.strip():
+                    screen.show(Notice(f"to be sent when we are back: {line}"))
             except Refusal as refusal:
                 refused += 1
                 screen.show(Unsent(f"not sent: {refusal}", line))
