@@ -25,7 +25,6 @@ import ctypes
 import enum
 import importlib.util
 import os
-import queue
 import random
 import re
 import secrets
@@ -145,15 +144,16 @@ class ChatClient:
         self.present: list[str] = []  # the names here, who spoke last first
         self.failed = 0  # lines that were not broadcast, as far as we know
         self.reason = ""  # why the conversation ended, when nobody here wanted it to
-        self._lines: queue.Queue[Line | None] = queue.Queue()
         self._show = show or self._collect
         self._ended = ended
         self._leaving = threading.Event()
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
-        # Guards the two queues below; notified when one of them gets shorter.
+        # Guards the queues below; notified when one of them changes or the conversation ends.
         self._queues = threading.Condition()
         self._waiting: deque[Typed] = deque()  # not sent yet
         self._unconfirmed: deque[Typed] = deque()  # sent, without a receipt
+        self._heard: deque[Line] = deque()  # for who iterates
+        self._iterated = False  # somebody does
         # From here on, what only the thread that runs `receive` touches:
         self._waker = Waker()
         self._selector = selectors.DefaultSelector()
@@ -172,7 +172,11 @@ class ChatClient:
     # Verbs.
 
     def __enter__(self) -> ChatClient:
-        self.connect()
+        try:
+            self.connect()
+        except BaseException:
+            self._release()
+            raise
         self.start()
         return self
 
@@ -187,7 +191,15 @@ class ChatClient:
         self.leave()
 
     def __iter__(self) -> Iterator[Line]:
-        return iter(self._lines.get, None)
+        self._iterated = True
+        while True:
+            with self._queues:
+                self._queues.wait_for(lambda: self._heard or self._leaving.is_set())
+                if not self._heard:
+                    return
+                line = self._heard.popleft()
+                self._queues.notify_all()
+            yield line
 
     def connect(self) -> None:
         """Connect and be let in.
@@ -222,6 +234,7 @@ class ChatClient:
                     while True:
                         self._exchange()
                 except OSError:
+                    self._lost_at = time.monotonic()
                     self._disconnect()
                 if not self._leaving.is_set():
                     self._come_back()
@@ -233,7 +246,6 @@ class ChatClient:
             self._leaving.set()
             with self._queues:
                 self._queues.notify_all()
-            self._lines.put(None)
             if left_of_itself:
                 self._ended()
 
@@ -270,8 +282,7 @@ class ChatClient:
         if self._receiver.is_alive():
             self._cut()
             self._receiver.join()
-        self._selector.close()
-        self._waker.close()
+        self._release()
         pending = [item.text for item in [*self._unconfirmed, *self._waiting]]
         return [text for text in pending if text != "/quit"]
 
@@ -295,6 +306,10 @@ class ChatClient:
     def wait(self) -> None:
         """Wait until the conversation has ended."""
         self._receiver.join()
+
+    def _release(self) -> None:
+        self._selector.close()
+        self._waker.close()
 
     def _pending(self) -> int:
         """Return how many lines have no receipt yet."""
@@ -325,7 +340,6 @@ class ChatClient:
             self._connection.close()
             self._connection = None
             self._state = State.AT_THE_DOOR
-            self._lost_at = time.monotonic()
 
     def _come_back(self) -> None:
         """Try until we are in the room again, or leave."""
@@ -503,8 +517,18 @@ class ChatClient:
             self._replay.append(line)
 
     def _collect(self, line: Line | Notice) -> None:
-        if isinstance(line, Line):
-            self._lines.put(line)
+        """Keep a line for who iterates: wait for a slow one, forget the oldest if there is none."""
+        if isinstance(line, Notice):
+            return
+        with self._queues:
+            if self._iterated:
+                self._queues.wait_for(
+                    lambda: self._leaving.is_set() or len(self._heard) < MAX_WAITING
+                )
+            elif len(self._heard) == MAX_WAITING:
+                self._heard.popleft()
+            self._heard.append(line)
+            self._queues.notify_all()
 
     def _follow(self, line: Line) -> None:
         """Keep track of who is here, who spoke last first."""
