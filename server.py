@@ -764,7 +764,8 @@ class ChatServer(Room):
         super().stop()
         self._end_connections(socket.SHUT_WR)
         self._end_connections(socket.SHUT_RDWR)  # whoever did not close
-        self._door_waker.close()
+        for thing in (self._door_waker, self._waker, self._selector):
+            thing.close()
         log.info("stopped")
 
     # The steps of `receive`.
