@@ -606,9 +606,10 @@ class Waker:
 
     def clear(self) -> None:
         """Take back what `wake` did; what it was called for must be looked at afterwards."""
-        self._awake = False
         with contextlib.suppress(BlockingIOError):
             self._reader.recv(4096)
+        # Last: a `wake` before this has its byte taken, and must not count as one to come.
+        self._awake = False
 
     def close(self) -> None:
         """Give the descriptors back."""
