@@ -23,6 +23,8 @@ import abc
 import argparse
 import ctypes
 import enum
+import getpass
+import hmac
 import importlib.util
 import os
 import random
@@ -32,6 +34,7 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -44,11 +47,13 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import protocol
-from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, Waker
+from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsConnection, Waker
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
+    from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.layout.processors import Processor
 
 CONNECT_TIMEOUT = 10.0  # seconds for the connection, and again for being let in
 RETRY_FIRST = 0.5  # seconds before the first try to come back
@@ -68,6 +73,10 @@ class Refused(Exception):
 
 class NameRefused(Refused):
     """It would, under another name."""
+
+
+class PasswordRefused(Refused):
+    """It would, with the right password."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,12 @@ def typed(text: str) -> Typed:
     return Typed(text, verb, None)
 
 
+def discreet(text: str) -> str:
+    """Return what was typed without the password that may be in it."""
+    verb, argument = protocol.command(text) or ("", "")
+    return "/op ..." if verb == "op" and argument else text
+
+
 class State(enum.Enum):
     """How far a connection has come."""
 
@@ -132,6 +147,9 @@ class ChatClient:
         port: int = protocol.PORT,
         fmt: str = protocol.FORMAT,
         *,
+        password: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        fingerprint: str = "",
         show: Callable[[Line | Notice], None] | None = None,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
@@ -139,6 +157,9 @@ class ChatClient:
         self.host = host
         self.port = port
         self.fmt = fmt
+        self.password = password
+        self.tls = tls
+        self.fingerprint = fingerprint  # the certificate's, when no authority vouches for it
         self.key = secrets.token_hex(16)  # takes our place back from a connection that is lost
         self.position: int | None = None  # of the next line of the room
         self.present: list[str] = []  # the names here, who spoke last first
@@ -163,6 +184,7 @@ class ChatClient:
         self._unsent = b""
         self._state = State.AT_THE_DOOR
         self._introduced = False  # our name is given
+        self._password_given = False
         self._unbroken = True  # no line of the room was skipped
         self._names_due = 0  # names still to come in the answer to our own /names
         self._replay: list[Line] | None = None  # what we missed, until it is complete
@@ -204,14 +226,13 @@ class ChatClient:
     def connect(self) -> None:
         """Connect and be let in.
 
-        Raise `OSError` when nobody answers, `NameRefused` when another name would
-        do and `Refused` when nothing would.
+        Raise `OSError` when nobody answers, `NameRefused` or `PasswordRefused` when
+        another one would do and `Refused` when nothing would.
         """
-        sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
-        self._connection = Connection(sock)
+        self._connection = self._dial()
         self._framer = Framer(protocol.MAX_SERVER_LINE)
         self._unsent, self.reason = b"", ""
-        self._state, self._introduced = State.AT_THE_DOOR, False
+        self._state, self._introduced, self._password_given = State.AT_THE_DOOR, False, False
         self._selector.register(self._connection, selectors.EVENT_READ)
         self._replay = None if self.position is None else []
         deadline = time.monotonic() + CONNECT_TIMEOUT
@@ -317,6 +338,23 @@ class ChatClient:
 
     # The connection.
 
+    def _dial(self) -> Connection:
+        """Connect to the server and, where it is wanted, make sure that it is the right one."""
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
+        if self.tls is None:
+            return Connection(sock)
+        connection = TlsConnection(sock, self.tls, self.host)
+        try:
+            connection.shake_hands(deadline)
+            seen = protocol.fingerprint(connection.certificate())
+            if self.fingerprint and not hmac.compare_digest(seen, self.fingerprint):
+                raise Refused(f"the certificate's fingerprint is {seen}; it is not the one given")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
     def _exchange(self, deadline: float | None = None) -> None:
         """Wait for bytes or for something to send, and deal with it."""
         connection = self._connection
@@ -389,6 +427,8 @@ class ChatClient:
             self._hear_room(line)
         elif line.kind is not Kind.ANSWER or self._hear_answer(str(line)):
             self._bring(line)
+            if line.kind is Kind.ANSWER and protocol.is_final(str(line)):
+                raise Refused(line.text)
 
     def _hear_at_door(self, line: Line) -> None:
         """Answer the server's questions until it says welcome."""
@@ -398,6 +438,8 @@ class ChatClient:
             self._unsent += protocol.encode(str(asked))
         elif line.kind is Kind.NICK:
             raise NameRefused(self.reason)
+        elif line.kind is Kind.PASS:
+            self._give_password()
         elif line.kind is Kind.ANSWER and protocol.is_welcome(str(line)):
             self._state, self._unbroken = State.CATCHING_UP, True
             # Its answer comes behind the replay: only then do we know what was heard.
@@ -410,6 +452,14 @@ class ChatClient:
             self.reason = line.text
         else:
             raise Refused("what answers there is not this chat; check --host and --port")
+
+    def _give_password(self) -> None:
+        if self.password is None:
+            raise PasswordRefused("the room has a password; see --password-file")
+        if self._password_given:
+            raise PasswordRefused(self.reason)
+        self._password_given = True
+        self._unsent += self.password.encode(self.fmt, "surrogateescape") + b"\n"
 
     def _hear_room(self, line: Line) -> None:
         if self.position is not None:
@@ -494,7 +544,7 @@ class ChatClient:
                 self._unconfirmed.clear()
             self._queues.notify_all()
         for item in commands:
-            self._show(Notice(f"no answer came to: {item.text}"))
+            self._show(Notice(f"no answer came to: {discreet(item.text)}"))
         self._give_up_receipts()
 
     def _give_up_receipts(self) -> None:
@@ -639,9 +689,9 @@ class Screen(abc.ABC):
     def show(self, item: Line | Notice) -> None:
         """Show an item without disturbing what is half typed."""
 
-    def ask(self, question: str) -> str:
-        """Return the answer to a question."""
-        return input(question)
+    @abc.abstractmethod
+    def ask(self, question: str, *, secret: bool = False) -> str:
+        """Return the answer to a question, not shown while it is typed if it is secret."""
 
     def give_back(self, line: str) -> None:
         """Let the next `read` begin with a line that was refused."""
@@ -694,8 +744,10 @@ class Pipe(Screen):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise OutputClosed from error
 
-    def ask(self, question: str) -> str:
-        """Take the first line as the answer."""
+    def ask(self, question: str, *, secret: bool = False) -> str:
+        """Take the first line as the answer; a password is not among the lines."""
+        if secret:
+            raise PasswordRefused("the room has a password; see --password-file")
         return self.read()
 
 
@@ -729,6 +781,9 @@ class ReadlineTerminal(Screen):
                 self._begin()
                 text = input(self._prompt())
                 self._erase(self._prompt() + text)
+                if discreet(text) != text and self._readline:
+                    last = self._readline.get_current_history_length() - 1
+                    self._readline.remove_history_item(last)
                 return text
             except Leave:
                 self._write("\n")
@@ -742,6 +797,15 @@ class ReadlineTerminal(Screen):
             finally:
                 self._reading = self._cleared = False
                 self._show_waiting()
+
+    def ask(self, question: str, *, secret: bool = False) -> str:
+        """Ask on a line of its own, and keep the answer out of the recall."""
+        if secret:
+            return getpass.getpass(question)
+        answer = input(question)
+        if self._readline and self._readline.get_current_history_length():
+            self._readline.remove_history_item(self._readline.get_current_history_length() - 1)
+        return answer
 
     def show(self, item: Line | Notice) -> None:
         """Print an item above the half-typed line."""
@@ -892,6 +956,8 @@ class ToolkitTerminal(Screen):
         from prompt_toolkit.patch_stdout import StdoutProxy
 
         self._session: PromptSession[str] = PromptSession(
+            history=_toolkit_history(),
+            input_processors=[_toolkit_mask()],
             completer=_toolkit_completer(self),
             key_bindings=_toolkit_keys(),
             bottom_toolbar=self._status,
@@ -906,6 +972,12 @@ class ToolkitTerminal(Screen):
         """Return the text that is typed next; a paste may have several lines."""
         line, self._given_back = self._given_back, ""
         return self._session.prompt(self._prompt, default=line)
+
+    def ask(self, question: str, *, secret: bool = False) -> str:
+        """Ask on a line of its own."""
+        from prompt_toolkit import prompt
+
+        return prompt(question, is_password=secret)
 
     def show(self, item: Line | Notice) -> None:
         """Print an item above the half-typed line."""
@@ -935,6 +1007,30 @@ def _toolkit_completer(screen: Screen) -> Completer:
                 yield Completion(text, start_position=-len(word))
 
     return NameCompleter()
+
+
+def _toolkit_history() -> InMemoryHistory:
+    from prompt_toolkit.history import InMemoryHistory
+
+    class DiscreetHistory(InMemoryHistory):
+        def append_string(self, string: str) -> None:
+            if discreet(string) == string:
+                super().append_string(string)
+
+    return DiscreetHistory()
+
+
+def _toolkit_mask() -> Processor:
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.layout.processors import ConditionalProcessor, PasswordProcessor
+
+    @Condition
+    def is_secret() -> bool:
+        text = get_app().current_buffer.text
+        return discreet(text) != text
+
+    return ConditionalProcessor(PasswordProcessor(), is_secret)
 
 
 def _toolkit_keys() -> KeyBindings:
@@ -971,9 +1067,11 @@ def write(chat: ChatClient, screen: Screen) -> int:
             if line.strip() == "/quit":
                 return refused
             try:
+                if screen.interactive and line.strip() == "/op":
+                    line = "/op " + screen.ask("Operator password: ", secret=True)
                 chat.send(line)
                 if screen.interactive and chat.away and line.strip():
-                    screen.show(Notice(f"to be sent when we are back: {line}"))
+                    screen.show(Notice(f"to be sent when we are back: {discreet(line)}"))
             except Refusal as refusal:
                 refused += 1
                 screen.show(Unsent(f"not sent: {refusal}", line))
@@ -1014,7 +1112,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         pass
     unsent = chat.leave()
     for text in unsent:
-        screen.show(Notice(f"not sent: {text}"))
+        screen.show(Notice(f"not sent: {discreet(text)}"))
     if chat.reason:
         raise Refused(chat.reason)
     return 1 if not screen.interactive and (refused or unsent or chat.failed) else 0
@@ -1033,6 +1131,9 @@ def _join(screen: Screen, options: argparse.Namespace) -> ChatClient:
                     options.host,
                     options.port,
                     options.format,
+                    password=protocol.password(options.password_file, "CHAT_PASSWORD"),
+                    tls=_tls_context(options),
+                    fingerprint=options.tls_fingerprint or "",
                     show=screen.show,
                     ended=_interrupt_main,
                 )
@@ -1046,6 +1147,12 @@ def _join(screen: Screen, options: argparse.Namespace) -> ChatClient:
                 raise
             screen.show(Notice(str(refused)))
             name = ""
+        except PasswordRefused as refused:
+            if chat is None or options.password_file or "CHAT_PASSWORD" in os.environ:
+                raise
+            if chat.password is not None:
+                screen.show(Notice(str(refused)))
+            chat.password = screen.ask("Password of the room: ", secret=True)
 
 
 def _screen(options: argparse.Namespace) -> Screen:
@@ -1059,6 +1166,28 @@ def _screen(options: argparse.Namespace) -> Screen:
     if importlib.util.find_spec("prompt_toolkit") and not dumb:
         return ToolkitTerminal(look)
     return ReadlineTerminal(look)
+
+
+def _fingerprint(text: str) -> str:
+    digits = text.replace(":", "").upper()
+    if not re.fullmatch("[0-9A-F]{64}", digits):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fingerprint of 64 hex digits")
+    return ":".join(re.findall("..", digits))
+
+
+def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
+    """Return what the options say of TLS: who vouches for the server."""
+    if not (options.tls or options.tls_ca or options.tls_fingerprint):
+        return None
+    try:
+        context = ssl.create_default_context(cafile=options.tls_ca)
+    except ssl.SSLError:
+        raise Refused(f"{options.tls_ca} has no certificate; name a PEM file") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if options.tls_fingerprint:  # compared when the certificate is seen
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -1081,12 +1210,21 @@ def _fail(text: str) -> int:
 def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Say why there is no connection and what to do about it."""
     where = f"{options.host} port {options.port}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"the certificate of {where} is not trusted: {error.verify_message};"
+            " name its authority with --tls-ca or itself with --tls-fingerprint"
+        )
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS on {where}; try without --tls"
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot open {error.filename}: {error.strerror}; name another file"
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"unknown host {options.host}; check --host"
     if isinstance(error, ConnectionRefusedError):
         return f"no server on {where}; start one with server.py, or check --host and --port"
     if isinstance(error, TimeoutError):
-        return f"no answer from {where}; check --host and --port"
+        return f"no answer from {where}; check --host and --port, and --tls if it speaks TLS"
     return f"cannot talk to {where}: {error}; check --host and --port"
 
 
@@ -1100,6 +1238,15 @@ def _parser() -> argparse.ArgumentParser:
     option("--host", default=protocol.HOST, help="the server's (default: %(default)s)")
     option("--port", type=protocol.port, default=protocol.PORT, help="(default: %(default)s)")
     option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="the server's too")
+    option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")
+    option("--tls", action="store_true", help="speak TLS; the system's authorities vouch")
+    option("--tls-ca", metavar="FILE", help="speak TLS; the authorities in FILE vouch")
+    option(
+        "--tls-fingerprint",
+        type=_fingerprint,
+        metavar="SHA256",
+        help="speak TLS with the certificate that the server logs at its start",
+    )
     option("--listen", action="store_true", help="in a pipe, stay after the end of input")
     option("--timestamps", action="store_true", help="show when each line came")
     option("--no-color", action="store_true", help="as the variable NO_COLOR does")

@@ -22,9 +22,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import hashlib
+import os
 import re
 import select
 import socket
+import ssl
 import textwrap
 import threading
 import time
@@ -61,6 +64,25 @@ def port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port number; use 0 to 65535")
     return int(text)
+
+
+def password(file: str | None, variable: str) -> str | None:
+    """Return the password in the first line of a file, else in a variable of the environment.
+
+    Raise `OSError` when the file cannot be read and `Refusal` when nothing is in it.
+    """
+    if file is None:
+        return os.environ.get(variable)
+    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+        found = lines.readline().rstrip("\r\n")
+    if not found:
+        raise Refusal(f"{file} has no password in its first line; write one there")
+    return found
+
+
+def fingerprint(certificate: bytes) -> str:
+    """Return the SHA-256 fingerprint of a DER-encoded certificate, as AB:CD:..."""
+    return hashlib.sha256(certificate).digest().hex(":").upper()
 
 
 # --- Framing -----------------------------------------------------------------
@@ -433,6 +455,21 @@ def sent_to(name: str, text: str) -> str:
     return answer(f"to {name}: {text}")
 
 
+def kicked(name: str, by: str, reason: str) -> str:
+    """``* bob was kicked by alice: reason``."""
+    return f"* {name} was kicked by {by}" + (f": {reason}" if reason else "")
+
+
+def you_were_kicked(by: str, reason: str) -> str:
+    """Tell somebody to be put out, and why."""
+    return answer(f"you were kicked by {by}" + (f": {reason}" if reason else ""))
+
+
+def you_are_banned(by: str, how: str) -> str:
+    """Tell somebody who may not come in, by whom and until when."""
+    return answer(f"you are banned by {by} {how}")
+
+
 def now_named(name: str) -> str:
     """Confirm a new name."""
     return answer(f"you are now {name}")
@@ -448,15 +485,24 @@ COMMANDS = {
     "history": ("/history [N]", "see the last N lines with their times"),
     "search": ("/search WORD", "see the last lines with WORD in them"),
     "quit": ("/quit", "leave"),
+    "op": ("/op PASSWORD", "become an operator, who can do what follows"),
+    "kick": ("/kick NAME [REASON]", "put somebody out"),
+    "ban": ("/ban NAME [MINUTES] [REASON]", "put somebody out for good or for a while"),
+    "unban": ("/unban NAME", "let somebody in again"),
+    "bans": ("/bans", "see who is banned"),
 }
 
 NOTHING_SAID = answer("nothing has been said yet")
+NOT_STORED = not_sent("it could not be stored; try again later")
 BYE = answer("bye")
 ROOM_FULL = answer("the room is full; try again later")
 ADDRESS_FULL = answer("too many connections from your address; close one and try again")
 NAME_TAKEN = "the name {name} is taken; choose another"
 NO_MORE_TRIES = answer("that was the third try; connect again when you have another name")
 BUSY = answer("the server is busy; try again later")
+WRONG_PASSWORD = answer("wrong password")
+NO_MORE_PASSWORDS = answer("wrong password; that was the third try")
+WANTS_TLS = answer("this chat speaks TLS; connect with --tls")
 TOO_LATE = answer("no name came in time; connect again")
 UNFRAMED = answer(f"{MAX_UNFRAMED // 1024} KiB came without a newline; this chat speaks lines")
 SHUTTING_DOWN = answer("the server is shutting down")
@@ -467,12 +513,22 @@ FOREIGN = {
 }
 
 _FINAL = tuple(
-    line.partition(";")[0] for line in (ROOM_FULL, ADDRESS_FULL, NO_MORE_TRIES, TOO_LATE, BUSY)
+    line.partition(";")[0]
+    for line in (
+        ROOM_FULL,
+        ADDRESS_FULL,
+        NO_MORE_TRIES,
+        TOO_LATE,
+        BUSY,
+        WANTS_TLS,
+        answer("you were kicked"),
+        answer("you are banned"),
+    )
 )
 
 
 def is_final(line: str) -> bool:
-    """Tell whether a server's answer during the handshake means that it will close."""
+    """Tell whether an answer means that the server closes and does not want us back now."""
     return line.startswith(_FINAL)
 
 
@@ -507,6 +563,8 @@ class Connection:
     waiting for hours keeps no writer from sending.
     """
 
+    offered_again = 0  # how many bytes that `send` did not take must be offered unchanged
+
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         keep_alive(sock)
@@ -526,7 +584,8 @@ class Connection:
         first, `OSError` when the connection broke.
         """
         while True:
-            _wait_readable(self._sock, deadline)
+            if not self._has_bytes():
+                _wait(self._sock, deadline)
             data = self.receive_now()
             if data is not None:
                 return data
@@ -550,7 +609,8 @@ class Connection:
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         """End the connection from any thread; it wakes the one that waits in `receive`."""
         with self._lock, contextlib.suppress(OSError):  # it may have ended already
-            self._sock.shutdown(how)
+            # An SSLSocket's own shutdown would take its TLS away from the other thread.
+            socket.socket.shutdown(self._sock, how)
 
     def drain(self, deadline: float) -> None:
         """End our direction and read the other to its end, or to the deadline.
@@ -568,18 +628,95 @@ class Connection:
         with self._lock:
             self._sock.close()
 
+    def shake_hands(self, deadline: float) -> None:
+        """Do what has to be done before the first byte: nothing, without TLS."""
+        return
 
-def _wait_readable(sock: socket.socket, deadline: float | None) -> None:
-    """Wait until a socket can be read; raise `TimeoutError` at the deadline."""
+    def _has_bytes(self) -> bool:
+        """Tell whether there are bytes that waiting for the socket would not see."""
+        return False
+
+
+class TlsConnection(Connection):
+    """A connection inside TLS.
+
+    An SSLSocket must not be used by two threads at once: the lock that guards the
+    descriptor guards it too.  Which end we are is the context's to say.
+    """
+
+    # OpenSSL encrypts a record, and when the socket is full it wants the same bytes again.
+    offered_again = 16 * 1024
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str = "") -> None:
+        is_server = context.protocol == ssl.PROTOCOL_TLS_SERVER
+        super().__init__(sock)
+        self._tls: ssl.SSLSocket = context.wrap_socket(
+            sock,
+            server_side=is_server,
+            do_handshake_on_connect=False,
+            server_hostname=None if is_server else host,
+        )
+        self._sock = self._tls
+        self._failed = False  # the peer speaks no TLS, and is told so without
+
+    def shake_hands(self, deadline: float) -> None:
+        """Agree on keys; raise `ssl.SSLError`, or `TimeoutError` at the deadline."""
+        while True:
+            try:
+                with self._lock:
+                    return self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                _wait(self._sock, deadline)
+            except ssl.SSLWantWriteError:
+                _wait(self._sock, deadline, writable=True)
+            except ssl.SSLError:
+                self._failed = True
+                raise
+
+    def receive_now(self) -> bytes | None:
+        """Return the bytes that are there, ``b""`` at the end, None when none are there yet."""
+        with self._lock:
+            try:
+                if self._failed:
+                    return socket.socket.recv(self._sock, RECEIVE)
+                return self._tls.recv(RECEIVE)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
+                return None
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send what the socket takes without waiting and return how many bytes that were."""
+        sent = 0
+        with self._lock:
+            try:
+                if self._failed:
+                    return socket.socket.send(self._sock, data)
+                while sent < len(data):
+                    sent += self._tls.send(data[sent : sent + self.offered_again])
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
+                pass
+        return sent
+
+    def certificate(self) -> bytes:
+        """Return the peer's certificate, DER-encoded."""
+        return self._tls.getpeercert(binary_form=True) or b""
+
+    def _has_bytes(self) -> bool:
+        with self._lock:
+            return not self._failed and self._tls.pending() > 0
+
+
+def _wait(sock: socket.socket, deadline: float | None, *, writable: bool = False) -> None:
+    """Wait until a socket can be read or written; raise `TimeoutError` at the deadline."""
     seconds = None if deadline is None else deadline - time.monotonic()
     if seconds is not None and seconds <= 0:  # also for a peer that drips without a pause
         raise TimeoutError("the deadline has passed")
     if hasattr(select, "poll"):
         poller = select.poll()
-        poller.register(sock, select.POLLIN)
+        poller.register(sock, select.POLLOUT if writable else select.POLLIN)
         ready = bool(poller.poll(None if seconds is None else seconds * 1000))
     else:  # Windows, where select() takes any descriptor; elsewhere none over 1023
-        ready = any(select.select([sock], [], [], seconds))
+        wanted = ([], [sock], [sock]) if writable else ([sock], [], [])
+        ready = any(select.select(*wanted, seconds))
     if not ready:
         raise TimeoutError("the deadline has passed")
 

@@ -21,39 +21,48 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import hashlib
 import hmac
 import ipaddress
 import logging
 import math
+import os
+import pathlib
 import queue
 import re
 import selectors
 import signal
 import socket
+import sqlite3
+import ssl
 import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 
 try:
+    import fcntl
     import resource
-except ImportError:  # Windows has no limits of this kind
-    resource = None  # type: ignore[assignment]
+except ImportError:  # Windows has neither
+    fcntl = resource = None  # type: ignore[assignment]
 
 import protocol
-from protocol import Connection, Framer, Introduction, Refusal, Waker
+from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsConnection, Waker
 
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
+PAGE = 500  # lines read from the file at once for who is behind
 CHUNK = 4096  # lines offered to a socket at once: what its buffer takes at the most
 MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
 OUTBOX_LINES = 1000  # private lines waiting for one client
 OUTBOX_BYTES = 256 * 1024
 BURST = 20  # lines that a client may send at once before the rate counts
-TRIES = 3  # at a name
+STAMP = "%Y-%m-%d %H:%M"  # how times are shown
+TRIES = 3  # at a name or a password
+WRONG_DELAY = 1.0  # seconds after a wrong password
 MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
 STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
 STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
@@ -68,6 +77,10 @@ log = logging.getLogger("chat")
 # --- History -----------------------------------------------------------------
 
 
+class NotStored(Exception):
+    """The history's file takes no more; nothing of what was to be appended has a position."""
+
+
 class History:
     """The room's lines in order, each at an absolute position.
 
@@ -75,7 +88,8 @@ class History:
     broadcaster appends; any thread reads.
     """
 
-    def __init__(self, retained: int = RETAINED) -> None:
+    def __init__(self, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
+        self.fmt = fmt
         self.retained = retained
         # A history that starts empty starts at the milliseconds of the clock, so
         # that no position is given twice, across restarts too.
@@ -90,8 +104,13 @@ class History:
         """The position of the next line."""
         return self.first + len(self._lines)
 
-    def append(self, lines: list[bytes]) -> None:
-        """Give lines their positions."""
+    @property
+    def oldest(self) -> int:
+        """The first position that can be had, if not by `read` then by `fetch`."""
+        return self.first
+
+    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+        """Give lines their positions, and keep a changed list of bans; raise `NotStored`."""
         now = time.time()
         with self._lock:
             self._lines += lines
@@ -114,20 +133,235 @@ class History:
                 self._chunk = (position, end, b"".join(lines))
             return self._chunk[2]
 
-    def last(
-        self, count: int, word: str = "", fmt: str = protocol.FORMAT
-    ) -> list[tuple[float, str]]:
+    def fetch(self, position: int, end: int) -> list[bytes]:
+        """Return lines that are not in memory any more; it may take its time."""
+        return []
+
+    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
         """Return the last `count` lines that have `word` in them, in any case, with their times."""
         with self._lock:
             lines, times = self._lines[:], self._times[:]
         found: list[tuple[float, str]] = []
         for when, line in zip(reversed(times), reversed(lines), strict=True):
-            text = line[:-1].decode(fmt)
+            text = line[:-1].decode(self.fmt)
             if word.lower() in text.lower():
                 found.append((when, text))
                 if len(found) == count:
                     break
         return found[::-1]
+
+    def bans(self) -> list[Ban]:
+        """Return the bans that were kept."""
+        return []
+
+    def close(self) -> None:
+        """End the history; nothing is appended any more."""
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class Ban:
+    """Who may not come in: a name, and the address that it came from if it was here."""
+
+    name: str
+    address: str
+    by: str
+    until: float  # seconds since the epoch; 0 is for good
+    reason: str
+
+    def concerns(self, name: str, address: str) -> bool:
+        """Tell whether it keeps out who comes with this name from this address, today."""
+        here = protocol.fold(self.name) == protocol.fold(name) or address == self.address != ""
+        return here and not self.is_over()
+
+    def is_over(self) -> bool:
+        """Tell whether its time has passed."""
+        return 0 < self.until <= time.time()
+
+    def __str__(self) -> str:
+        until = "for good"
+        if self.until:
+            until = f"until {time.strftime(STAMP, time.localtime(self.until))}"
+        return until + (f": {self.reason}" if self.reason else "")
+
+
+class FileHistory(History):
+    """A history that is in a file before anybody sees it, and goes on there after a restart.
+
+    One connection writes, in the broadcaster's thread alone; one reads, and never
+    holds up the other.  Raise `HistoryError` when the file cannot be used.
+    """
+
+    APPLICATION = 0x43686174  # "Chat", in the file's header
+    VERSION = 1
+    SCHEMA = """
+        CREATE TABLE lines (
+            position INTEGER PRIMARY KEY,
+            time REAL NOT NULL,
+            kind TEXT NOT NULL,
+            name TEXT NOT NULL,
+            text TEXT NOT NULL
+        );
+        CREATE TABLE bans (
+            name TEXT NOT NULL, address TEXT NOT NULL, by TEXT NOT NULL,
+            until REAL NOT NULL, reason TEXT NOT NULL
+        );
+        CREATE TABLE room (format TEXT NOT NULL);
+    """
+
+    def __init__(self, path: str, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
+        super().__init__(fmt, retained)
+        self.path = path
+        self._held = _hold(path)  # until the end, so that no other server uses the file
+        try:
+            self._open()
+        except sqlite3.Error as error:
+            os.close(self._held)
+            raise HistoryError(f"cannot use {path}: {error}; choose another --history") from None
+        except HistoryError:
+            os.close(self._held)
+            raise
+
+    @property
+    def oldest(self) -> int:
+        """The first position in the file."""
+        return self._oldest
+
+    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+        """Commit lines to the file, then give them their positions."""
+        if not lines and bans is None:
+            return
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            self._writer.executemany("INSERT INTO lines VALUES (?, ?, ?, ?, ?)", self._rows(lines))
+            if bans is not None:
+                self._writer.execute("DELETE FROM bans")
+                self._writer.executemany(
+                    "INSERT INTO bans VALUES (?, ?, ?, ?, ?)",
+                    [(ban.name, ban.address, ban.by, ban.until, ban.reason) for ban in bans],
+                )
+            self._writer.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.rollback()
+            raise NotStored(str(error)) from error
+        super().append(lines)
+
+    def fetch(self, position: int, end: int) -> list[bytes]:
+        """Return at most `PAGE` lines from `position` up to `end` from the file."""
+        with self._reading:
+            rows = self._reader.execute(
+                "SELECT kind, name, text FROM lines WHERE position >= ? AND position < ?"
+                " ORDER BY position LIMIT ?",
+                (position, end, PAGE),
+            ).fetchall()
+        return [self._encode(_line(*row)) for row in rows]
+
+    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
+        """Return the last `count` lines that have `word` in them, from all that was ever said."""
+        pattern = "%" + re.sub(r"([%_\\])", r"\\\1", word) + "%"
+        with self._reading:
+            rows = self._reader.execute(
+                "SELECT time, kind, name, text FROM lines"
+                r" WHERE ?1 = '%%' OR text LIKE ?1 ESCAPE '\' OR name LIKE ?1 ESCAPE '\'"
+                " ORDER BY position DESC LIMIT ?2",
+                (pattern, count),
+            ).fetchall()
+        return [(when, _line(*row)) for when, *row in reversed(rows)]
+
+    def bans(self) -> list[Ban]:
+        """Return the bans that the file has."""
+        with self._reading:
+            return [Ban(*row) for row in self._reader.execute("SELECT * FROM bans")]
+
+    def close(self) -> None:
+        """Close the file and let another server have it."""
+        self._reader.close()
+        self._writer.close()
+        os.close(self._held)
+
+    def _open(self) -> None:
+        uri = pathlib.Path(self.path).absolute().as_uri()
+        is_new = os.fstat(self._held).st_size == 0
+        if not is_new:
+            # Looked at without a right to write: what is not ours stays as it is.
+            with contextlib.closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as database:
+                self._check(database)
+        self._writer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        self._writer.execute("PRAGMA journal_mode=WAL")
+        self._writer.execute("PRAGMA synchronous=FULL")
+        if is_new:
+            self._create()
+        self._writer.execute("UPDATE room SET format = ?", (self.fmt,))
+        self._reader = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
+        self._reading = threading.Lock()  # guards the reader: one question at a time
+        first, last = self._reader.execute(
+            "SELECT min(position), max(position) FROM lines"
+        ).fetchone()
+        self.first = self.first if last is None else last + 1
+        self._oldest = self.first if first is None else first
+
+    def _check(self, database: sqlite3.Connection) -> None:
+        """Raise `HistoryError` unless a file is whole and this version can go on with it."""
+        try:
+            application, version = (
+                database.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("application_id", "user_version")
+            )
+            faults = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            faults = str(error)
+            application = version = 0
+        if faults != "ok":
+            raise HistoryError(f"{self.path} is damaged or no history: {faults.splitlines()[0]}")
+        if application != self.APPLICATION:
+            raise HistoryError(f"{self.path} is the file of another program; choose another")
+        if version > self.VERSION:
+            raise HistoryError(f"{self.path} was written by a newer version; use that one")
+        fmt = database.execute("SELECT format FROM room").fetchone()[0]
+        if fmt != self.fmt and self.fmt == protocol.FORMAT:
+            raise HistoryError(f"{self.path} is in {fmt}; start with --format {fmt}")
+
+    def _create(self) -> None:
+        self._writer.executescript(
+            f"BEGIN; PRAGMA application_id={self.APPLICATION};"
+            f" PRAGMA user_version={self.VERSION}; {self.SCHEMA}"
+            f" INSERT INTO room VALUES ('{self.fmt}'); COMMIT;"
+        )
+
+    def _rows(self, lines: list[bytes]) -> Iterator[tuple[int, float, str, str, str]]:
+        now = time.time()
+        for position, line in enumerate(lines, self.end):
+            said = protocol.parse(line[:-1].decode(self.fmt))
+            yield position, now, said.kind.value, said.name, said.text
+
+    def _encode(self, text: str) -> bytes:
+        return protocol.encode(text, self.fmt, protocol.MAX_SERVER_LINE)
+
+
+class HistoryError(Exception):
+    """The file cannot be the history; the text says why and what to do."""
+
+
+def _line(kind: str, name: str, text: str) -> str:
+    return str(Line(Kind(kind), name, text))
+
+
+def _hold(path: str) -> int:
+    """Open a file and keep other servers away from it; return the descriptor that does."""
+    try:
+        held = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    except OSError as error:
+        raise HistoryError(
+            f"cannot write {path}: {error.strerror}; choose another --history"
+        ) from None
+    if fcntl is not None:  # without it, as on Windows, it is up to who starts the servers
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(held)
+            raise HistoryError(f"{path} is in use by another server") from None
+    return held
 
 
 # --- Clients -----------------------------------------------------------------
@@ -168,6 +402,8 @@ class Client:
     unread: list[bytes] = field(default_factory=list)  # lines that came, not yet looked at
     name: str = ""
     key: str = ""
+    operator: bool = False
+    wrong_passwords: int = 0  # given with /op
     # Set when nothing more of its input counts: replaced, failed or shut down.
     gone: threading.Event = field(default_factory=threading.Event)
     # Guarded by the room's lock: private lines on their way to it.
@@ -177,6 +413,7 @@ class Client:
     position: int = 0  # the cursor: the next room line that it gets
     rest: bytes = b""  # of a line that its socket took in part
     outbox: deque[tuple[int, bytes]] = field(default_factory=deque)  # by position
+    fetching: bool = False  # what it gets next is being read from the file
     watched: bool = False  # its socket is full; the selector tells when it is not
     until: int | None = None  # it leaves, and gets nothing from here on
     forgotten: bool = False  # it has left; the broadcaster never touches it again
@@ -200,6 +437,17 @@ class Farewell(Exception):
     def __init__(self, reason: str, line: str = "") -> None:
         super().__init__(reason)
         self.line = line
+
+
+class Password:
+    """A password that is kept as a hash alone, and compared in a time that tells nothing."""
+
+    def __init__(self, password: str) -> None:
+        self._hash = hashlib.sha256(password.encode()).digest()
+
+    def is_it(self, given: bytes) -> bool:
+        """Tell whether this is the password."""
+        return hmac.compare_digest(hashlib.sha256(given).digest(), self._hash)
 
 
 # --- The room ----------------------------------------------------------------
@@ -238,7 +486,18 @@ class Left:
     client: Client
 
 
-Entry = bytes | Told | Joined | Left  # bytes are a line of the room
+@dataclass(slots=True)
+class Fetched:
+    """Lines from the file for a client that is behind; they belong before `end`."""
+
+    client: Client
+    lines: list[bytes]
+    end: int
+
+
+# A line of the room with its author, who is told if it cannot be stored, or what is above.
+Said = tuple[bytes, Client | None]
+Entry = Said | Told | Joined | Left | Fetched
 
 
 class Room:
@@ -250,17 +509,20 @@ class Room:
     everyone sees, and each private line stands where it belongs among the others.
     """
 
-    def __init__(self, fmt: str = protocol.FORMAT, max_clients: int = 1000) -> None:
-        self.fmt = fmt
+    def __init__(self, history: History, max_clients: int = 1000) -> None:
+        self.fmt = history.fmt
         self.max_clients = max_clients
-        self.history = History()
+        self.op_password: Password | None = None  # nobody can become an operator
+        self.history = history
+        self.bans = history.bans()
         self.clients: list[Client] = []  # who listens; only the broadcaster touches it
         self.names: dict[str, Client] = {}  # who has which name, folded
         self.stopping = threading.Event()
         self._queue: list[Entry] = []
         self._queued = 0  # entries ever put into the queue
         self._placed = 0  # those of them that a round has dealt with
-        # Guards names, the queue and what clients are owed; never held over I/O.
+        self._bans_changed = False
+        # Guards names, bans, the queue and what clients are owed; never held over I/O.
         self._lock = threading.Lock()
         self._round_over = threading.Condition(self._lock)  # notified when a round has ended
         self._waker = Waker()
@@ -269,6 +531,9 @@ class Room:
         self._due: set[Client] = set()  # whom the next round serves in any case
         self._stop_at = 0.0  # when the broadcaster gives up delivering
         self._ended = False  # no round follows
+        self._storing = True  # the last round was
+        self._wanted: queue.SimpleQueue[tuple[Client, int, int] | None] = queue.SimpleQueue()
+        self._fetcher = threading.Thread(target=self._fetch, name="fetcher", daemon=True)
         self._broadcaster = threading.Thread(target=self._run, name="broadcaster", daemon=True)
 
     # Verbs for the clients' threads.
@@ -294,8 +559,12 @@ class Room:
             self._round_over.wait_for(lambda: self._placed >= queued or self._ended)
 
     def line(self, text: str) -> bytes:
-        """Return a line for the queue."""
+        """Return a line as it goes out."""
         return protocol.encode(text, self.fmt, protocol.MAX_SERVER_LINE)
+
+    def said(self, text: str, author: Client | None = None) -> Said:
+        """Return a line of the room for the queue."""
+        return self.line(text), author
 
     def claim(self, client: Client, asked: Introduction) -> None:
         """Give a client its name and let it join; raise `Refusal` or `Farewell`."""
@@ -303,12 +572,14 @@ class Room:
             holder = self.names.get(protocol.fold(asked.name))
             if self.stopping.is_set():
                 raise Farewell("shutting down", protocol.SHUTTING_DOWN)
+            self._check_bans(asked.name, client.host)
             if holder is None:
                 if len(self.names) >= self.max_clients:
                     raise Farewell("the room is full", protocol.ROOM_FULL)
                 greeting = protocol.welcome(asked.name, [c.name for c in self.names.values()])
             elif _same_key(holder.key, asked.key):
                 holder.gone.set()  # from now on nothing that it sent gets into the queue
+                client.operator = holder.operator
                 greeting = protocol.welcome_back(asked.name)
             else:
                 raise Refusal(protocol.NAME_TAKEN.format(name=asked.name))
@@ -316,7 +587,7 @@ class Room:
             client.name, client.key = asked.name, asked.key
             self._enqueue([Joined(client, asked, self.line(greeting))])
             if holder is None:
-                self._enqueue([self.line(protocol.joined(client.name))])
+                self._enqueue([self.said(protocol.joined(client.name))])
             self._round_over.notify_all()  # the holder may wait for its turn
         self._waker.wake()
         if holder is not None:
@@ -331,6 +602,8 @@ class Room:
                 raise Refusal(protocol.NAME_TAKEN.format(name=name))
             if client.gone.is_set():
                 raise Gone
+            if any(ban.concerns(name, "") for ban in self.bans):
+                raise Refusal(f"the name {name} is banned; choose another")
             del self.names[protocol.fold(client.name)]
             self.names[protocol.fold(name)] = client
             client.name = name
@@ -343,10 +616,33 @@ class Room:
             self._enqueue([Left(client)])
             if self.names.get(protocol.fold(client.name)) is client:
                 del self.names[protocol.fold(client.name)]
-                self._enqueue([self.line(protocol.left(client.name))])
+                self._enqueue([self.said(protocol.left(client.name))])
         self._waker.wake()
         with self._lock:
             self._round_over.wait_for(lambda: client.forgotten or self._ended)
+
+    def put_out(self, client: Client, by: Client, reason: str) -> None:
+        """End a client's stay, before everyone's eyes."""
+        with self._lock:
+            if self.names.get(protocol.fold(client.name)) is not client:
+                raise Refusal(f"{client.name} has left already")
+            del self.names[protocol.fold(client.name)]
+            client.gone.set()
+            text = protocol.kicked(client.name, by.name, reason)
+            self._enqueue([Told(client, self.line(protocol.you_were_kicked(by.name, reason)))])
+            self._enqueue([self.said(text)])
+            self._round_over.notify_all()
+        self._waker.wake()
+        # Its thread finds the end of its input; the broadcaster can still tell it why.
+        client.connection.shutdown(socket.SHUT_RD)
+        log.info("%s was kicked by %s", client, by)
+
+    def set_bans(self, change: Callable[[list[Ban]], list[Ban]]) -> None:
+        """Change who is banned; what is over goes too."""
+        with self._lock:
+            self.bans = [ban for ban in change(self.bans) if not ban.is_over()]
+            self._bans_changed = True
+        self._waker.wake()
 
     def present(self) -> list[str]:
         """Return the names of all who are here, in the order they came."""
@@ -360,6 +656,11 @@ class Room:
         if client is None:
             raise Refusal(f"nobody here is called {name}; /names lists who is here")
         return client
+
+    def _check_bans(self, name: str, host: str) -> None:
+        for ban in self.bans:
+            if ban.concerns(name, host):
+                raise Farewell("banned", protocol.you_are_banned(ban.by, str(ban)))
 
     def _has_space(self, author: Client) -> bool:
         return len(self._queue) < MAX_QUEUED and not _outbox_full(author)
@@ -381,8 +682,9 @@ class Room:
     # The broadcaster.
 
     def start(self) -> None:
-        """Start the broadcaster."""
+        """Start the broadcaster and who reads the file for it."""
         self._broadcaster.start()
+        self._fetcher.start()
 
     def stop(self) -> None:
         """Deliver what was accepted, tell everyone, and end the broadcaster."""
@@ -397,6 +699,8 @@ class Room:
             self._round_over.notify_all()
         self._waker.wake()
         self._broadcaster.join()
+        self._wanted.put(None)
+        self._fetcher.join()
 
     def _run(self) -> None:
         next_round = 0.0
@@ -422,7 +726,7 @@ class Room:
     def _all_delivered(self) -> bool:
         if not self.stopping.is_set():
             return False
-        waiting = self._queue or self._due or any(client.watched for client in self.clients)
+        waiting = self._queue or self._due or any(c.watched or c.fetching for c in self.clients)
         return not waiting or time.monotonic() > self._stop_at
 
     def _round(self, writable: list[Client]) -> None:
@@ -430,14 +734,17 @@ class Room:
         self._waker.clear()
         with self._lock:
             entries, self._queue = self._queue, []
-        lines = [entry for entry in entries if isinstance(entry, bytes)]
+            bans = self.bans if self._bans_changed else None
+        lines = [entry[0] for entry in entries if isinstance(entry, tuple)]
         position = self.history.end
-        self.history.append(lines)
+        stored = self._store(lines, bans)
         for entry in entries:
-            if isinstance(entry, bytes):
-                position += 1
-            else:
+            if not isinstance(entry, tuple):
                 self._place(entry, position)
+            elif stored:
+                position += 1
+            elif entry[1] is not None:
+                self._refuse(entry[1], position)
         self._due.update(writable, (c for c in self.clients if lines and not c.watched))
         while self._due:
             self._serve(self._due.pop())
@@ -448,17 +755,45 @@ class Room:
             self._placed += len(entries)
             self._round_over.notify_all()
 
-    def _place(self, entry: Told | Joined | Left, position: int) -> None:
+    def _store(self, lines: list[bytes], bans: list[Ban] | None) -> bool:
+        """Append to the history; tell whether it could, and log when that changes."""
+        try:
+            self.history.append(lines, bans)
+        except NotStored as error:
+            if self._storing:
+                log.error("cannot store what is said: %s; it is not sent either", error)
+            self._storing = False
+            return False
+        if bans is not None:
+            self._bans_changed = False
+        if lines and not self._storing:
+            log.info("what is said is stored again")
+            self._storing = True
+        return True
+
+    def _refuse(self, author: Client, position: int) -> None:
+        """Tell an author that a line could not be stored, and so was not sent."""
+        with self._lock:
+            told = Told(author, self.line(protocol.NOT_STORED))
+            author.owed_lines += 1
+            author.owed_bytes += len(told.line)
+        self._place(told, position)
+
+    def _place(self, entry: Told | Joined | Left | Fetched, position: int) -> None:
         """Do what an entry says at its place among the room's lines."""
         client = entry.client
-        if client.until is not None:
+        if client.forgotten:
+            return
+        if isinstance(entry, Fetched):
+            self._place_fetched(client, entry)
+        elif client.until is not None:
             return  # it has left before this was said to it
-        if isinstance(entry, Told):
+        elif isinstance(entry, Told):
             client.outbox.append((position, entry.line))
         elif isinstance(entry, Joined):
             asked = entry.asked
             start = position - asked.last if asked.position is None else asked.position
-            client.position = min(max(start, self.history.first), position)
+            client.position = min(max(start, self.history.oldest), position)
             client.outbox.append((client.position, entry.greeting))
             if asked.wants_position:
                 at = self.line(protocol.at(client.position))
@@ -468,6 +803,15 @@ class Room:
             client.until = position
         if not client.watched or client.until is not None:
             self._due.add(client)
+
+    def _place_fetched(self, client: Client, page: Fetched) -> None:
+        client.fetching = False
+        if page.lines:
+            client.rest = b"".join(page.lines)
+            client.position += len(page.lines)
+        else:  # it could not be read
+            client.rest = self.line(protocol.missed(page.end - client.position))
+            client.position = page.end
 
     def _serve(self, client: Client) -> None:
         """Give a client all that follows its cursor, as far as its socket takes it."""
@@ -479,21 +823,48 @@ class Room:
                 full = sent < len(data)
         except OSError as error:
             log.debug("%s: %s", client, error)
+            client.fetching = False
             client.end_input()
         finally:
-            self._watch(client, full and client.until is None)
-            client.forgotten = client.until is not None
+            leaving = client.until is not None
+            self._watch(client, full and not leaving)
+            client.forgotten = leaving and (full or not client.fetching)
 
     def _following(self, client: Client) -> bytes:
-        """Return what a client gets next; nothing when it has all."""
-        if not client.rest and client.position < self.history.first:
-            skipped = self.history.first - client.position
-            client.position = self.history.first
-            client.rest = self.line(protocol.missed(skipped))
-        if not client.rest and client.outbox and client.outbox[0][0] <= client.position:
+        """Return what a client gets next; nothing when it has all, or must wait for the file."""
+        if client.fetching or client.rest:
+            return client.rest
+        if client.outbox and client.outbox[0][0] <= client.position:
             client.rest = self._take_private(client)
-        end = client.outbox[0][0] if client.outbox else client.until or self.history.end
-        return client.rest or self.history.read(client.position, end)
+            return client.rest
+        end = self.history.end if client.until is None else client.until
+        if client.outbox:
+            end = client.outbox[0][0]
+        if client.position < min(end, self.history.first):
+            return self._older(client, min(end, self.history.first))
+        return self.history.read(client.position, end)
+
+    def _older(self, client: Client, end: int) -> bytes:
+        """Have lines fetched that are only in the file, or tell that they are nowhere."""
+        if client.position >= self.history.oldest:
+            client.fetching = True
+            self._wanted.put((client, client.position, end))
+            return b""
+        skipped = self.history.oldest - client.position
+        client.position = self.history.oldest
+        client.rest = self.line(protocol.missed(skipped))
+        return client.rest
+
+    def _fetch(self) -> None:
+        """Read from the file for those who are behind; the main loop of the fetcher."""
+        while (wanted := self._wanted.get()) is not None:
+            client, position, end = wanted
+            try:
+                lines = self.history.fetch(position, end)
+            except Exception as error:
+                log.error("cannot read the history: %s", error)
+                lines = []
+            self.broadcast([Fetched(client, lines, end)])
 
     def _take_private(self, client: Client) -> bytes:
         lines = []
@@ -511,8 +882,8 @@ class Room:
             client.rest = client.rest[sent:]
         elif sent == len(data):
             client.position += data.count(b"\n")
-        elif sent:
-            cut = data.index(b"\n", sent - 1) + 1  # the end of the line it took in part
+        elif kept := sent + client.connection.offered_again:
+            cut = data.find(b"\n", kept - 1) + 1 or len(data)  # the end of a line in any case
             client.position += data.count(b"\n", 0, cut)
             client.rest = data[sent:cut]
 
@@ -566,6 +937,8 @@ def obey(room: Room, client: Client, verb: str, argument: str) -> Iterable[Entry
     run = COMMANDS.get(verb)
     if run is None:
         return told(room, client, f"there is no /{verb[:20]}; /help lists the commands")
+    if verb in OPERATORS_ONLY and not client.operator:
+        return told(room, client, "only operators can do that; /op PASSWORD makes you one")
     try:
         return run(room, client, argument)
     except Usage:
@@ -596,7 +969,7 @@ def _names(room: Room, client: Client, argument: str) -> Iterable[Entry]:
 def _me(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     if not argument:
         raise Usage
-    return [room.line(protocol.did(client.name, argument))]
+    return [room.said(protocol.did(client.name, argument), client)]
 
 
 @command("msg")
@@ -625,7 +998,7 @@ def _nick(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     log.info("%s was %s", client, old)
     return [
         Told(client, room.line(protocol.now_named(new))),
-        room.line(protocol.renamed(old, new)),
+        room.said(protocol.renamed(old, new), client),
     ]
 
 
@@ -635,7 +1008,7 @@ def _history(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     if not re.fullmatch(r"\d{1,4}", count, re.ASCII) or not 1 <= int(count) <= MAX_ANSWER:
         return told(room, client, f"usage: /history [N], N from 1 to {MAX_ANSWER}")
     room.settle()
-    found = room.history.last(int(count), fmt=room.fmt)
+    found = room.history.last(int(count))
     return recalled(room, client, found) or [Told(client, room.line(protocol.NOTHING_SAID))]
 
 
@@ -644,7 +1017,7 @@ def _search(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     if not argument:
         raise Usage
     room.settle()
-    found = room.history.last(protocol.REPLAY, argument, room.fmt)
+    found = room.history.last(protocol.REPLAY, argument)
     return recalled(room, client, found) or told(room, client, f"nobody said {argument}")
 
 
@@ -655,10 +1028,86 @@ def _quit(room: Room, client: Client, argument: str) -> Iterable[Entry]:
 
 def recalled(room: Room, client: Client, lines: list[tuple[float, str]]) -> list[Entry]:
     """Answer with lines of the history; as answers, for they have no position here."""
-    stamp = "%Y-%m-%d %H:%M"
     return told(
-        room, client, *(f"{time.strftime(stamp, time.localtime(t))} {line}" for t, line in lines)
+        room, client, *(f"{time.strftime(STAMP, time.localtime(t))} {line}" for t, line in lines)
     )
+
+
+OPERATORS_ONLY = frozenset({"kick", "ban", "unban", "bans"})
+
+
+@command("op")
+def _op(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    if not argument:
+        raise Usage
+    if room.op_password is None:
+        return told(room, client, "this room has no operators")
+    if client.wrong_passwords >= TRIES:
+        return told(room, client, "that was the third wrong password; there are no more tries here")
+    if not room.op_password.is_it(argument.encode(room.fmt)):
+        client.wrong_passwords += 1
+        log.warning("%s gave a wrong operator password", client)
+        client.gone.wait(WRONG_DELAY)
+        return [Told(client, room.line(protocol.WRONG_PASSWORD))]
+    client.operator = True
+    log.info("%s is an operator", client)
+    return told(room, client, "you are an operator; /kick, /ban, /unban and /bans are yours")
+
+
+@command("kick")
+def _kick(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    name, _, reason = argument.partition(" ")
+    if not name:
+        raise Usage
+    room.put_out(room.find(name), client, reason.strip())
+    return ()
+
+
+@command("ban")
+def _ban(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    name, _, rest = argument.partition(" ")
+    minutes, _, reason = rest.strip().partition(" ")
+    if not re.fullmatch(r"[1-9]\d{0,6}", minutes, re.ASCII):
+        minutes, reason = "", rest
+    if not name:
+        raise Usage
+    until = time.time() + 60 * int(minutes) if minutes else 0.0
+    try:
+        target: Client | None = room.find(name)
+    except Refusal:
+        target = None  # who has left can be banned too, by name
+    address = target.host if target and not _is_loopback(target.host) else ""
+    ban = Ban(protocol.check_name(name), address, client.name, until, reason.strip())
+    room.set_bans(lambda bans: [*_without(bans, name), ban])
+    log.info("%s was banned by %s %s", ban.name, client, ban)
+    if target:
+        with contextlib.suppress(Refusal):  # it may leave by itself meanwhile
+            room.put_out(target, client, f"banned {ban}")
+    whom = " and ".join(filter(None, (ban.name, ban.address)))
+    return told(room, client, f"{whom} may not come in {ban}")
+
+
+@command("unban")
+def _unban(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    if not argument:
+        raise Usage
+    if len(_without(room.bans, argument)) == len(room.bans):
+        raise Refusal(f"nobody called {argument} is banned; /bans lists who is")
+    room.set_bans(lambda bans: _without(bans, argument))
+    log.info("%s was let in again by %s", argument, client)
+    return told(room, client, f"{argument} may come in again")
+
+
+@command("bans")
+def _bans(room: Room, client: Client, argument: str) -> Iterable[Entry]:
+    bans = [ban for ban in room.bans if not ban.is_over()]
+    return told(
+        room, client, *(f"{ban.name} {ban.address or '-'} by {ban.by} {ban}" for ban in bans)
+    ) or told(room, client, "nobody is banned")
+
+
+def _without(bans: list[Ban], name: str) -> list[Ban]:
+    return [ban for ban in bans if protocol.fold(ban.name) != protocol.fold(name)]
 
 
 # --- The server --------------------------------------------------------------
@@ -667,8 +1116,9 @@ def recalled(room: Room, client: Client, lines: list[tuple[float, str]]) -> list
 class ChatServer(Room):
     """The room with its door: listens, lets people in and hears what they say.
 
-    `port` 0 takes any free one; `server.port` tells which.  Raise `OSError` when
-    the address cannot be listened on.
+    `port` 0 takes any free one; `server.port` tells which.  `history` is a file
+    for a durable one, `tls` a server's context.  Raise `OSError` when the address
+    cannot be listened on and `HistoryError` when the file cannot be used.
     """
 
     def __init__(
@@ -682,8 +1132,20 @@ class ChatServer(Room):
         max_unnamed: int = 64,
         name_deadline: float = 30.0,
         rate_limit: float = 5.0,
+        history: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        password: str | None = None,
+        op_password: str | None = None,
     ) -> None:
-        super().__init__(fmt, max_clients)
+        listener = _listen_on(host, port)
+        try:
+            super().__init__(FileHistory(history, fmt) if history else History(fmt), max_clients)
+        except BaseException:
+            listener.close()
+            raise
+        self.password = Password(password) if password else None
+        self.op_password = Password(op_password) if op_password else None
+        self.tls = tls
         self.max_per_address = max_per_address
         self.max_unnamed = max_unnamed
         self.name_deadline = name_deadline
@@ -694,7 +1156,7 @@ class ChatServer(Room):
         # Guards the three above; notified when a connection has ended.
         self._door = threading.Condition()
         self._door_waker = Waker()
-        self._listener = _listen_on(host, port)
+        self._listener = listener
         self.host, self.port = self._listener.getsockname()[:2]
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
@@ -764,7 +1226,7 @@ class ChatServer(Room):
         super().stop()
         self._end_connections(socket.SHUT_WR)
         self._end_connections(socket.SHUT_RDWR)  # whoever did not close
-        for thing in (self._door_waker, self._waker, self._selector):
+        for thing in (self._door_waker, self._waker, self._selector, self.history):
             thing.close()
         log.info("stopped")
 
@@ -774,7 +1236,8 @@ class ChatServer(Room):
         """Accept one connection and start its thread."""
         sock, (host, port, *_) = self._listener.accept()
         try:
-            client = Client(Connection(sock), protocol.escape(host), port)
+            connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
+            client = Client(connection, protocol.escape(host), port)
         except BaseException:
             sock.close()
             raise
@@ -813,16 +1276,20 @@ class ChatServer(Room):
     # The steps of `handle`.
 
     def _admit(self, client: Client) -> None:
-        """Ask for a name until there is one that the client can have."""
+        """Ask for a name, and for the password, until the client can be let in."""
         deadline = time.monotonic() + self.name_deadline
+        self._shake_hands(client, deadline)
         if self._addresses[client.host] > self.max_per_address and not _is_loopback(client.host):
             raise Farewell("too many connections from its address", protocol.ADDRESS_FULL)
+        trusted = self.password is None
         for _ in range(TRIES):
             client.connection.send(b"NICK\n")
             line = self._next_line(client, deadline)
+            if not trusted:
+                self._check_password(client, deadline)
+                trusted = True
             try:
-                asked = protocol.introduction(protocol.decode(line, self.fmt))
-                self.claim(client, asked)
+                self.claim(client, protocol.introduction(protocol.decode(line, self.fmt)))
             except Refusal as refusal:
                 client.connection.send(self.line(protocol.answer(str(refusal))))
             else:
@@ -830,6 +1297,26 @@ class ChatServer(Room):
                     self._unnamed.pop(client, None)
                 return
         raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
+
+    def _shake_hands(self, client: Client, deadline: float) -> None:
+        try:
+            client.connection.shake_hands(deadline)
+        except ssl.SSLError as error:
+            raise Farewell(f"no TLS: {error.reason}", protocol.WANTS_TLS) from None
+        except TimeoutError:
+            raise Farewell("no TLS in time", protocol.WANTS_TLS) from None
+
+    def _check_password(self, client: Client, deadline: float) -> None:
+        assert self.password is not None
+        for _ in range(TRIES):
+            client.connection.send(b"PASS\n")
+            if self.password.is_it(self._next_line(client, deadline)):
+                return
+            log.warning("%s gave a wrong password", client)
+            if client.gone.wait(WRONG_DELAY):
+                raise Gone
+            client.connection.send(self.line(protocol.WRONG_PASSWORD))
+        raise Farewell("no right password", protocol.NO_MORE_PASSWORDS)
 
     def _next_line(self, client: Client, deadline: float) -> bytes:
         """Return the next line of one that has not joined yet."""
@@ -881,7 +1368,7 @@ class ChatServer(Room):
                 self.broadcast(obey(self, client, *request), client)
             elif text.strip():
                 text = protocol.unslash(text)
-                entries.append(self.line(protocol.said(client.name, text)))
+                entries.append(self.said(protocol.said(client.name, text), client))
         self.broadcast(entries, client)
 
     def _part(self, client: Client, reason: str, last_line: str) -> None:
@@ -944,8 +1431,12 @@ def main(arguments: list[str] | None = None) -> int:
             max_unnamed=options.max_unnamed,
             name_deadline=options.name_deadline,
             rate_limit=options.rate_limit,
+            history=options.history,
+            tls=_tls_context(options),
+            password=protocol.password(options.password_file, "CHAT_PASSWORD"),
+            op_password=protocol.password(options.op_password_file, "CHAT_OP_PASSWORD"),
         )
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, Refusal, HistoryError) as error:
         print(f"server.py: {_explain(error, options)}", file=sys.stderr)
         return 1
     with server:
@@ -984,6 +1475,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LINES",
         help=f"a second for each client, after {BURST} at once; 0 is no limit",
     )
+    option("--history", metavar="FILE", help="keep what is said, also over a restart")
+    option("--tls-cert", metavar="FILE", help="speak TLS with this certificate")
+    option("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
+    option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")
+    option("--op-password-file", metavar="FILE", help="operators'; or CHAT_OP_PASSWORD")
     option("--log-file", metavar="FILE", help="log there too")
     option("-v", "--verbose", action="store_true", help="log what is said too")
     option("--version", action="version", version=f"%(prog)s {protocol.__version__}")
@@ -1032,14 +1528,48 @@ def _log_to(file: str | None, verbose: bool) -> None:
     logging.raiseExceptions = False  # a closed terminal or a full disk ends no server
 
 
+def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
+    """Return what the options say of TLS, and log the certificate's fingerprint."""
+    if not options.tls_cert:
+        if options.tls_key:
+            raise Refusal("--tls-key needs --tls-cert")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for file in filter(None, (options.tls_cert, options.tls_key)):
+        with open(file, "rb"):
+            pass  # so that an error names the file
+    try:
+        # A key that wants a passphrase is refused, not asked for: nobody may be there.
+        context.load_cert_chain(options.tls_cert, options.tls_key, password="")
+    except ssl.SSLError as error:
+        raise Refusal(
+            f"cannot use {options.tls_cert} with its key: {error.reason or 'not a certificate'};"
+            " give a PEM certificate and its key without a passphrase"
+        ) from None
+    log.info("certificate SHA256 fingerprint %s", protocol.fingerprint(_der(options.tls_cert)))
+    return context
+
+
+def _der(file: str) -> bytes:
+    """Return the first certificate of a PEM file as its fingerprint is taken of."""
+    text = pathlib.Path(file).read_text("ascii", "replace")
+    begin = text.index("-----BEGIN CERTIFICATE-----")
+    end = text.index("-----END CERTIFICATE-----", begin)
+    return ssl.PEM_cert_to_DER_cert(text[begin:end] + "-----END CERTIFICATE-----")
+
+
 def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Say what keeps the server from starting and what to do about it."""
     where = f"cannot listen on {options.host} port {options.port}"
+    if isinstance(error, Refusal):
+        return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"{where}: unknown host; choose an address of this machine with --host"
-    assert isinstance(error, OSError)
+    if not isinstance(error, OSError):
+        return str(error)
     if error.filename:
-        return f"cannot write {error.filename}: {error.strerror}; choose another --log-file"
+        return f"cannot open {error.filename}: {error.strerror}; name another file"
     remedy = {
         errno.EADDRINUSE: "the port is in use; choose another with --port",
         errno.EADDRNOTAVAIL: "not an address of this machine; choose one with --host",
