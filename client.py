@@ -108,9 +108,10 @@ class Typed:
 def typed(text: str) -> Typed:
     """Tell how the room will say what was typed."""
     text = text.replace("\t", " ")
-    verb, argument = protocol.command(text) or ("", "")
-    if not verb:
-        return Typed(text, verb, (Kind.SAID, protocol.unslash(text)))
+    request = protocol.command(text)
+    if request is None:
+        return Typed(text, "", (Kind.SAID, protocol.unslash(text)))
+    verb, argument = request
     if verb == "me" and argument:
         return Typed(text, verb, (Kind.DID, argument))
     return Typed(text, verb, None)
@@ -730,8 +731,9 @@ class Pipe(Screen):
             rest = sys.stdin.buffer.readline(protocol.MAX_UNFRAMED)
         text = protocol.decode(line.rstrip(b"\r\n"), self._fmt, MAX_TEXT)
         # What a program prints may begin with a slash and be no command of ours.
-        verb, _ = protocol.command(text) or ("", "")
-        return text if not verb or verb in protocol.COMMANDS else protocol.slash(text)
+        request = protocol.command(text)
+        known = request is None or request[0] in protocol.COMMANDS
+        return text if known else protocol.slash(text)
 
     def show(self, item: Line | Notice) -> None:
         """Print a line at once."""

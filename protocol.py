@@ -31,7 +31,9 @@ import ssl
 import textwrap
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import AnyStr
 
 __version__ = "1.0.0"
 
@@ -168,9 +170,12 @@ def decode(line: bytes, fmt: str = FORMAT, limit: int = MAX_LINE) -> str:
     if len(line) >= limit:
         raise Refusal(f"a line has at most {limit - 1} bytes; send it in parts")
     try:
-        text = line.decode(fmt).replace("\t", " ")
+        text = line.decode(fmt)
     except UnicodeDecodeError:
         raise Refusal(_not_in(fmt)) from None
+    if text.isprintable():  # as nearly all are
+        return text
+    text = text.replace("\t", " ")
     if not is_printable(text):
         raise Refusal(_not_in(fmt))
     return text
@@ -266,24 +271,56 @@ def _replace(asked: Introduction, *, position: int | None = None, last: int = 0)
     return Introduction(asked.name, position, last, asked.wants_position, asked.key)
 
 
-def without_name(text: str, name: str) -> str:
-    """Take the sender's own name and a colon off a line, as the classic client sends them."""
-    if text[: len(name) + 1].lower() == fold(name) + ":":
-        return text[len(name) + 1 :].removeprefix(" ")
-    return text
+def checked(lines: list[bytes], fmt: str = FORMAT) -> Sequence[bytes | Refusal]:
+    """Return a client's lines as they may be said, and for the others why they may not.
+
+    They are looked at together first, since nearly all are as they should be.
+    """
+    try:
+        plain = b" ".join(lines).decode(fmt).isprintable()
+    except UnicodeDecodeError:
+        plain = False
+    if plain and len(max(lines, key=len, default=b"")) < MAX_LINE:
+        return lines
+    return [_checked(line, fmt) for line in lines]
+
+
+def _checked(line: bytes, fmt: str) -> bytes | Refusal:
+    try:
+        return decode(line, fmt).encode(fmt)
+    except Refusal as refusal:
+        return refusal
+
+
+def without_name(line: bytes, prefix: bytes) -> bytes:
+    """Take ``alice: `` off a line, the sender's own name, as the classic client sends it.
+
+    In any case, and also where the blank is missing.
+    """
+    if line.startswith(prefix):
+        return line[len(prefix) :]
+    bare = prefix[:-1]
+    if line[: len(bare)].lower() == bare.lower():
+        return line[len(bare) :]
+    return line
+
+
+def is_command(line: bytes) -> bool:
+    """Tell whether a line is a command: it begins with one slash, not with two."""
+    return line.startswith(b"/") and not line.startswith(b"//")
 
 
 def command(text: str) -> tuple[str, str] | None:
-    """Split ``/verb argument`` in two; None for a text, also one that begins with ``//``."""
+    """Split ``/verb argument`` in two; None for what is no command."""
     if not text.startswith("/") or text.startswith("//"):
         return None
     verb, _, argument = text[1:].partition(" ")
     return verb.lower(), argument.strip()
 
 
-def unslash(text: str) -> str:
+def unslash(line: AnyStr) -> AnyStr:
     """Return a text as it is said: ``//`` at its start is one slash."""
-    return text[1:] if text.startswith("//") else text
+    return line[1:] if line[:1] in ("/", b"/") else line
 
 
 def slash(text: str) -> str:

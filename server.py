@@ -401,6 +401,7 @@ class Client:
     framer: Framer = field(default_factory=Framer)
     unread: list[bytes] = field(default_factory=list)  # lines that came, not yet looked at
     name: str = ""
+    prefix: bytes = b""  # of what it says
     key: str = ""
     operator: bool = False
     wrong_passwords: int = 0  # given with /op
@@ -420,6 +421,10 @@ class Client:
 
     def __str__(self) -> str:
         return f"{self.name or 'unnamed'} ({self.host}:{self.port})"
+
+    def call(self, name: str) -> None:
+        """Give it a name."""
+        self.name, self.prefix = name, protocol.said(name, "").encode("ascii")
 
     def end_input(self) -> None:
         """Let its thread find the end of the input, whatever it waits for."""
@@ -451,6 +456,14 @@ class Password:
 
 
 # --- The room ----------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Said:
+    """Lines of the room, with their author, who is told when they cannot be stored."""
+
+    lines: list[bytes]
+    author: Client | None = None
 
 
 @dataclass(slots=True)
@@ -495,8 +508,6 @@ class Fetched:
     end: int
 
 
-# A line of the room with its author, who is told if it cannot be stored, or what is above.
-Said = tuple[bytes, Client | None]
 Entry = Said | Told | Joined | Left | Fetched
 
 
@@ -519,7 +530,7 @@ class Room:
         self.names: dict[str, Client] = {}  # who has which name, folded
         self.stopping = threading.Event()
         self._queue: list[Entry] = []
-        self._queued = 0  # entries ever put into the queue
+        self._queued = 0  # lines ever put into the queue, of all kinds
         self._placed = 0  # those of them that a round has dealt with
         self._bans_changed = False
         # Guards names, bans, the queue and what clients are owed; never held over I/O.
@@ -559,12 +570,12 @@ class Room:
             self._round_over.wait_for(lambda: self._placed >= queued or self._ended)
 
     def line(self, text: str) -> bytes:
-        """Return a line as it goes out."""
-        return protocol.encode(text, self.fmt, protocol.MAX_SERVER_LINE)
+        """Return a line as it goes out, of text that was checked when it came in."""
+        return f"{text}\n".encode(self.fmt)
 
     def said(self, text: str, author: Client | None = None) -> Said:
         """Return a line of the room for the queue."""
-        return self.line(text), author
+        return Said([self.line(text)], author)
 
     def claim(self, client: Client, asked: Introduction) -> None:
         """Give a client its name and let it join; raise `Refusal` or `Farewell`."""
@@ -584,7 +595,8 @@ class Room:
             else:
                 raise Refusal(protocol.NAME_TAKEN.format(name=asked.name))
             self.names[protocol.fold(asked.name)] = client
-            client.name, client.key = asked.name, asked.key
+            client.call(asked.name)
+            client.key = asked.key
             self._enqueue([Joined(client, asked, self.line(greeting))])
             if holder is None:
                 self._enqueue([self.said(protocol.joined(client.name))])
@@ -606,7 +618,7 @@ class Room:
                 raise Refusal(f"the name {name} is banned; choose another")
             del self.names[protocol.fold(client.name)]
             self.names[protocol.fold(name)] = client
-            client.name = name
+            client.call(name)
 
     def leave(self, client: Client, last_line: str = "") -> None:
         """Let a client go, and wait until the broadcaster has let go of it."""
@@ -663,7 +675,7 @@ class Room:
                 raise Farewell("banned", protocol.you_are_banned(ban.by, str(ban)))
 
     def _has_space(self, author: Client) -> bool:
-        return len(self._queue) < MAX_QUEUED and not _outbox_full(author)
+        return self._queued - self._placed < MAX_QUEUED and not _outbox_full(author)
 
     def _enqueue(self, entries: Iterable[Entry]) -> None:
         """Append to the queue, under the lock, and count what each client is owed."""
@@ -677,7 +689,7 @@ class Room:
                 entry.client.owed_lines += 1
                 entry.client.owed_bytes += len(entry.line)
             self._queue.append(entry)
-            self._queued += 1
+            self._queued += _size(entry)
 
     # The broadcaster.
 
@@ -735,16 +747,16 @@ class Room:
         with self._lock:
             entries, self._queue = self._queue, []
             bans = self.bans if self._bans_changed else None
-        lines = [entry[0] for entry in entries if isinstance(entry, tuple)]
+        lines = [line for entry in entries if isinstance(entry, Said) for line in entry.lines]
         position = self.history.end
         stored = self._store(lines, bans)
         for entry in entries:
-            if not isinstance(entry, tuple):
+            if not isinstance(entry, Said):
                 self._place(entry, position)
             elif stored:
-                position += 1
-            elif entry[1] is not None:
-                self._refuse(entry[1], position)
+                position += len(entry.lines)
+            elif entry.author is not None:
+                self._refuse(entry.author, len(entry.lines), position)
         self._due.update(writable, (c for c in self.clients if lines and not c.watched))
         while self._due:
             self._serve(self._due.pop())
@@ -752,7 +764,7 @@ class Room:
         if any(isinstance(entry, Left) for entry in entries):
             self.clients = [client for client in self.clients if not client.forgotten]
         with self._lock:
-            self._placed += len(entries)
+            self._placed += sum(map(_size, entries))
             self._round_over.notify_all()
 
     def _store(self, lines: list[bytes], bans: list[Ban] | None) -> bool:
@@ -771,13 +783,14 @@ class Room:
             self._storing = True
         return True
 
-    def _refuse(self, author: Client, position: int) -> None:
-        """Tell an author that a line could not be stored, and so was not sent."""
-        with self._lock:
+    def _refuse(self, author: Client, count: int, position: int) -> None:
+        """Tell an author that lines could not be stored, and so were not sent."""
+        for _ in range(count):
             told = Told(author, self.line(protocol.NOT_STORED))
-            author.owed_lines += 1
-            author.owed_bytes += len(told.line)
-        self._place(told, position)
+            with self._lock:
+                author.owed_lines += 1
+                author.owed_bytes += len(told.line)
+            self._place(told, position)
 
     def _place(self, entry: Told | Joined | Left | Fetched, position: int) -> None:
         """Do what an entry says at its place among the room's lines."""
@@ -901,6 +914,10 @@ class Room:
                 log.debug("%s", protocol.escape(line[:-1], self.fmt))
 
 
+def _size(entry: Entry) -> int:
+    return len(entry.lines) if isinstance(entry, Said) else 1
+
+
 def _outbox_full(client: Client) -> bool:
     return client.owed_lines >= OUTBOX_LINES or client.owed_bytes >= OUTBOX_BYTES
 
@@ -932,8 +949,11 @@ def command(verb: str) -> Callable[[Run], Run]:
     return enter
 
 
-def obey(room: Room, client: Client, verb: str, argument: str) -> Iterable[Entry]:
+def obey(room: Room, client: Client, line: bytes | Refusal) -> Iterable[Entry]:
     """Run a command; answer one that is unknown or misused with what would be right."""
+    if isinstance(line, Refusal):
+        return [Told(client, room.line(protocol.not_sent(line)))]
+    verb, argument = protocol.command(line.decode(room.fmt)) or ("", "")
     run = COMMANDS.get(verb)
     if run is None:
         return told(room, client, f"there is no /{verb[:20]}; /help lists the commands")
@@ -1354,22 +1374,16 @@ class ChatServer(Room):
 
     def _hear(self, client: Client, lines: list[bytes]) -> None:
         """Put what a client says into the room's queue and do what it asks for."""
-        entries: list[Entry] = []
-        for line in lines:
-            try:
-                text = protocol.without_name(protocol.decode(line, self.fmt), client.name)
-            except Refusal as refusal:
-                entries.append(Told(client, self.line(protocol.not_sent(refusal))))
-                continue
-            request = protocol.command(text)
-            if request is not None:
-                self.broadcast(entries, client)
-                entries = []
-                self.broadcast(obey(self, client, *request), client)
+        said: list[bytes] = []
+        for line in protocol.checked(lines, self.fmt):
+            text = line if isinstance(line, Refusal) else protocol.without_name(line, client.prefix)
+            if isinstance(text, Refusal) or protocol.is_command(text):
+                self.broadcast([Said(said, client)], client)
+                said = []
+                self.broadcast(obey(self, client, text), client)
             elif text.strip():
-                text = protocol.unslash(text)
-                entries.append(self.said(protocol.said(client.name, text), client))
-        self.broadcast(entries, client)
+                said.append(client.prefix + protocol.unslash(text) + b"\n")
+        self.broadcast([Said(said, client)], client)
 
     def _part(self, client: Client, reason: str, last_line: str) -> None:
         """The one way out, whatever ended a client."""
