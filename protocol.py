@@ -600,8 +600,6 @@ class Connection:
     waiting for hours keeps no writer from sending.
     """
 
-    offered_again = 0  # how many bytes that `send` did not take must be offered unchanged
-
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         keep_alive(sock)
@@ -636,7 +634,10 @@ class Connection:
                 return None
 
     def send(self, data: bytes | memoryview) -> int:
-        """Send what the socket takes without waiting and return how many bytes that were."""
+        """Send what the socket takes without waiting and return how many bytes that were.
+
+        What it did not take must be offered again as it was, with more behind it or not.
+        """
         with self._lock:
             try:
                 return self._sock.send(data)
@@ -681,8 +682,7 @@ class TlsConnection(Connection):
     descriptor guards it too.  Which end we are is the context's to say.
     """
 
-    # OpenSSL encrypts a record, and when the socket is full it wants the same bytes again.
-    offered_again = 16 * 1024
+    RECORD = 16 * 1024  # bytes; OpenSSL takes a record whole or not at all
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str = "") -> None:
         is_server = context.protocol == ssl.PROTOCOL_TLS_SERVER
@@ -728,7 +728,7 @@ class TlsConnection(Connection):
                 if self._failed:
                     return socket.socket.send(self._sock, data)
                 while sent < len(data):
-                    sent += self._tls.send(data[sent : sent + self.offered_again])
+                    sent += self._tls.send(data[sent : sent + self.RECORD])
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
                 pass
         return sent

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -52,10 +53,11 @@ except ImportError:  # Windows has neither
 import protocol
 from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsConnection, Waker
 
-ROUND = 0.010  # seconds between the starts of two rounds in a busy room
+ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
+BREATH = 1.25  # times its own length, so that a fifth of a core is left for those who speak
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
 PAGE = 500  # lines read from the file at once for who is behind
-CHUNK = 4096  # lines offered to a socket at once: what its buffer takes at the most
+CHUNK = 512  # lines given to a client at once: 30 KB as people write, 576 KB at the most
 MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
 OUTBOX_LINES = 1000  # private lines waiting for one client
 OUTBOX_BYTES = 256 * 1024
@@ -96,7 +98,8 @@ class History:
         self.first = int(time.time() * 1000)
         self._lines: list[bytes] = []
         self._times: list[float] = []
-        self._chunk: tuple[int, int, bytes] = (0, 0, b"")  # the last one read, with its ends
+        # Chunks as they are sent; what stands at a position never changes.
+        self._joined = functools.lru_cache(retained // CHUNK + 2)(self._join)
         self._lock = threading.Lock()  # guards all of the above
 
     @property
@@ -119,19 +122,18 @@ class History:
             del self._lines[:excess], self._times[:excess]
             self.first += excess
 
-    def read(self, position: int, end: int) -> bytes:
-        """Return the lines from `position` up to `end`, at most `CHUNK` of them.
+    def read(self, position: int, end: int) -> tuple[bytes, int]:
+        """Return lines from `position` on, and the position behind them, at most `end`.
 
-        Clients that stand at the same place get the same bytes object.
+        Clients that stand at the same place get the same bytes object, and those
+        that are behind meet again at each multiple of `CHUNK`.
         """
-        if position >= end:
-            return b""
-        end = min(end, position + CHUNK)
+        end = min(end, position - position % CHUNK + CHUNK)
+        return self._joined(position, end), end
+
+    def _join(self, position: int, end: int) -> bytes:
         with self._lock:
-            if self._chunk[:2] != (position, end):
-                lines = self._lines[position - self.first : end - self.first]
-                self._chunk = (position, end, b"".join(lines))
-            return self._chunk[2]
+            return b"".join(self._lines[position - self.first : end - self.first])
 
     def fetch(self, position: int, end: int) -> list[bytes]:
         """Return lines that are not in memory any more; it may take its time."""
@@ -412,7 +414,8 @@ class Client:
     owed_bytes: int = 0
     # The broadcaster's own:
     position: int = 0  # the cursor: the next room line that it gets
-    rest: bytes = b""  # of a line that its socket took in part
+    data: bytes = b""  # what it is being sent, behind which is the cursor
+    sent: int = 0  # bytes of that which its socket has taken
     outbox: deque[tuple[int, bytes]] = field(default_factory=deque)  # by position
     fetching: bool = False  # what it gets next is being read from the file
     watched: bool = False  # its socket is full; the selector tells when it is not
@@ -720,9 +723,12 @@ class Room:
             try:
                 writable = self._wait()
                 # Lines that come during the pause share the round's one send per client.
-                time.sleep(max(0.0, next_round - time.monotonic()))
-                next_round = time.monotonic() + ROUND
+                if (pause := next_round - time.monotonic()) > 0:
+                    time.sleep(pause)
+                start = time.monotonic()
+                next_round = start + ROUND  # should the round fail
                 self._round(writable)
+                next_round = start + max(ROUND, (time.monotonic() - start) * BREATH)
             except Exception:
                 log.exception("a round failed; the room goes on")
                 time.sleep(ROUND)
@@ -817,23 +823,16 @@ class Room:
         if not client.watched or client.until is not None:
             self._due.add(client)
 
-    def _place_fetched(self, client: Client, page: Fetched) -> None:
-        client.fetching = False
-        if page.lines:
-            client.rest = b"".join(page.lines)
-            client.position += len(page.lines)
-        else:  # it could not be read
-            client.rest = self.line(protocol.missed(page.end - client.position))
-            client.position = page.end
-
     def _serve(self, client: Client) -> None:
         """Give a client all that follows its cursor, as far as its socket takes it."""
         full = False
         try:
-            while not full and (data := self._following(client)):
-                sent = client.connection.send(data)
-                self._advance(client, data, sent)
-                full = sent < len(data)
+            while not full and (client.data or self._take_next(client)):
+                unsent = memoryview(client.data)[client.sent :] if client.sent else client.data
+                client.sent += client.connection.send(unsent)
+                full = client.sent < len(client.data)
+                if not full:
+                    client.data, client.sent = b"", 0
         except OSError as error:
             log.debug("%s: %s", client, error)
             client.fetching = False
@@ -843,30 +842,44 @@ class Room:
             self._watch(client, full and not leaving)
             client.forgotten = leaving and (full or not client.fetching)
 
-    def _following(self, client: Client) -> bytes:
-        """Return what a client gets next; nothing when it has all, or must wait for the file."""
-        if client.fetching or client.rest:
-            return client.rest
-        if client.outbox and client.outbox[0][0] <= client.position:
-            client.rest = self._take_private(client)
-            return client.rest
+    def _take_next(self, client: Client) -> bool:
+        """Take what a client gets next; tell whether there is anything, for now."""
+        position, outbox = client.position, client.outbox
+        if client.fetching:
+            return False
+        if outbox and outbox[0][0] <= position:
+            client.data = self._take_private(client)
+            return True
         end = self.history.end if client.until is None else client.until
-        if client.outbox:
-            end = client.outbox[0][0]
-        if client.position < min(end, self.history.first):
-            return self._older(client, min(end, self.history.first))
-        return self.history.read(client.position, end)
+        if outbox:
+            end = outbox[0][0]
+        if position >= end:
+            return False
+        if position < self.history.first:
+            return self._take_older(client, min(end, self.history.first))
+        client.data, client.position = self.history.read(position, end)
+        return True
 
-    def _older(self, client: Client, end: int) -> bytes:
+    def _take_older(self, client: Client, end: int) -> bool:
         """Have lines fetched that are only in the file, or tell that they are nowhere."""
         if client.position >= self.history.oldest:
             client.fetching = True
             self._wanted.put((client, client.position, end))
-            return b""
-        skipped = self.history.oldest - client.position
-        client.position = self.history.oldest
-        client.rest = self.line(protocol.missed(skipped))
-        return client.rest
+            return False
+        self._skip_to(client, self.history.oldest)
+        return True
+
+    def _skip_to(self, client: Client, position: int) -> None:
+        client.data = self.line(protocol.missed(position - client.position))
+        client.position = position
+
+    def _place_fetched(self, client: Client, page: Fetched) -> None:
+        client.fetching = False
+        if page.lines:
+            client.data = b"".join(page.lines)
+            client.position += len(page.lines)
+        else:  # it could not be read
+            self._skip_to(client, page.end)
 
     def _fetch(self) -> None:
         """Read from the file for those who are behind; the main loop of the fetcher."""
@@ -883,22 +896,11 @@ class Room:
         lines = []
         while client.outbox and client.outbox[0][0] <= client.position:
             lines.append(client.outbox.popleft()[1])
-        rest = b"".join(lines)
+        data = b"".join(lines)
         with self._lock:
             client.owed_lines -= len(lines)
-            client.owed_bytes -= len(rest)
-        return rest
-
-    def _advance(self, client: Client, data: bytes, sent: int) -> None:
-        """Move a client's cursor behind what its socket took."""
-        if client.rest:
-            client.rest = client.rest[sent:]
-        elif sent == len(data):
-            client.position += data.count(b"\n")
-        elif kept := sent + client.connection.offered_again:
-            cut = data.find(b"\n", kept - 1) + 1 or len(data)  # the end of a line in any case
-            client.position += data.count(b"\n", 0, cut)
-            client.rest = data[sent:cut]
+            client.owed_bytes -= len(data)
+        return data
 
     def _watch(self, client: Client, watched: bool) -> None:
         """Have the selector tell when a full socket has room, or not any more."""
