@@ -501,9 +501,9 @@ class ChatClient:
 
     def _take_names(self, text: str) -> None:
         """Take one line of the answer to our own /names."""
-        names = text.removesuffix(",").split(", ")
+        names, is_last = protocol.listed(text)
         self.present += names
-        self._names_due = max(0, self._names_due - len(names))
+        self._names_due = 0 if is_last else max(0, self._names_due - len(names))
 
     def _hear_own_answer(self, text: str) -> None:
         """Take an answer as the receipt of the oldest command, or as a line's refusal."""

@@ -433,16 +433,23 @@ def renamed(old: str, new: str) -> str:
     return f"* {old} is now {new}"
 
 
-def welcome(name: str, others: list[str]) -> str:
-    """Greet a newcomer: the first of an empty room in its own way."""
+WELCOME_NAMES = 20  # in a greeting; /names lists the others
+LISTED_NAMES = 500  # in the answer to /names: some ten lines, also in a stadium
+
+
+def welcome(name: str, others: list[str], count: int) -> str:
+    """Greet a newcomer, the first of an empty room in its own way.
+
+    `others` are the first `WELCOME_NAMES` of the `count` who are here already.
+    """
     if not others:
         return answer(f"Welcome, {name}! You are the first one here; /help lists the commands")
-    shown = ", ".join(others[:WELCOME_NAMES])
-    more = f" and {len(others) - WELCOME_NAMES} more" if len(others) > WELCOME_NAMES else ""
-    return answer(f"Welcome, {name}! /help lists the commands. Already here: {shown}{more}")
+    present = ", ".join(others) + _more(count - len(others))
+    return answer(f"Welcome, {name}! /help lists the commands. Already here: {present}")
 
 
-WELCOME_NAMES = 20  # in a greeting; /names lists the rest
+def _more(count: int) -> str:
+    return f" and {count} more" if count else ""
 
 
 def is_welcome(line: str) -> bool:
@@ -455,10 +462,16 @@ def welcome_back(name: str) -> str:
     return answer(f"Welcome back, {name}!")
 
 
-def here(names: list[str]) -> list[str]:
-    """Tell who is present, in as many lines as it takes."""
-    text = f"{len(names)} here: " + ", ".join(names)
+def here(names: list[str], count: int) -> list[str]:
+    """Tell who is present, in as many lines as it takes; `names` are the first of `count`."""
+    text = f"{count} here: " + ", ".join(names) + _more(count - len(names))
     return [answer(part) for part in textwrap.wrap(text, MAX_LINE, break_on_hyphens=False)]
+
+
+def listed(text: str) -> tuple[list[str], bool]:
+    """Return the names in one line of `here`, and whether it ends with how many are left out."""
+    names = re.sub(r"( ?and )?\d+ more$", "", text)
+    return [name for name in re.split(", ?| and$", names) if name], names != text
 
 
 def names_in(line: str) -> tuple[int, str] | None:

@@ -25,6 +25,7 @@ import functools
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import logging
 import math
 import os
@@ -590,7 +591,7 @@ class Room:
             if holder is None:
                 if len(self.names) >= self.max_clients:
                     raise Farewell("the room is full", protocol.ROOM_FULL)
-                greeting = protocol.welcome(asked.name, [c.name for c in self.names.values()])
+                greeting = protocol.welcome(asked.name, *self._listed(protocol.WELCOME_NAMES))
             elif _same_key(holder.key, asked.key):
                 holder.gone.set()  # from now on nothing that it sent gets into the queue
                 client.operator = holder.operator
@@ -659,10 +660,10 @@ class Room:
             self._bans_changed = True
         self._waker.wake()
 
-    def present(self) -> list[str]:
-        """Return the names of all who are here, in the order they came."""
+    def present(self) -> tuple[list[str], int]:
+        """Return the names of those who came first, and how many are here in all."""
         with self._lock:
-            return [client.name for client in self.names.values()]
+            return self._listed(protocol.LISTED_NAMES)
 
     def find(self, name: str) -> Client:
         """Return who has a name; raise `Refusal` when nobody has."""
@@ -671,6 +672,10 @@ class Room:
         if client is None:
             raise Refusal(f"nobody here is called {name}; /names lists who is here")
         return client
+
+    def _listed(self, most: int) -> tuple[list[str], int]:
+        some = itertools.islice(self.names.values(), most)
+        return [client.name for client in some], len(self.names)
 
     def _check_bans(self, name: str, host: str) -> None:
         for ban in self.bans:
@@ -984,7 +989,7 @@ def _help(room: Room, client: Client, argument: str) -> Iterable[Entry]:
 
 @command("names")
 def _names(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    return [Told(client, room.line(line)) for line in protocol.here(room.present())]
+    return [Told(client, room.line(line)) for line in protocol.here(*room.present())]
 
 
 @command("me")
