@@ -794,7 +794,8 @@ class ReadlineTerminal(Screen):
                 if not self._cleared:
                     raise
             except EOFError:
-                self._write("\r\x1b[K")
+                # GNU readline has gone to the next row; others stay behind the prompt.
+                self._write("\x1b[A\r\x1b[J" if self._library else "\r\x1b[K")
                 raise
             finally:
                 self._reading = self._cleared = False
