@@ -103,6 +103,7 @@ class Typed:
     text: str  # as it was typed
     verb: str  # of a command, else empty
     echo: tuple[Kind, str] | None  # as the room says it, its receipt; None for a command
+    name: str = ""  # under which it was sent
 
 
 def typed(text: str) -> Typed:
@@ -186,7 +187,7 @@ class ChatClient:
         self._state = State.AT_THE_DOOR
         self._introduced = False  # our name is given
         self._password_given = False
-        self._unbroken = True  # no line of the room was skipped
+        self._unbroken = True  # no line of the room was skipped since we were settled
         self._names_due = 0  # names still to come in the answer to our own /names
         self._replay: list[Line] | None = None  # what we missed, until it is complete
         self._lost_at = 0.0
@@ -198,7 +199,7 @@ class ChatClient:
         try:
             self.connect()
         except BaseException:
-            self._release()
+            self.close()
             raise
         self.start()
         return self
@@ -215,14 +216,13 @@ class ChatClient:
 
     def __iter__(self) -> Iterator[Line]:
         self._iterated = True
-        while True:
+        try:
+            while (line := self._next_heard()) is not None:
+                yield line
+        finally:
+            self._iterated = False
             with self._queues:
-                self._queues.wait_for(lambda: self._heard or self._leaving.is_set())
-                if not self._heard:
-                    return
-                line = self._heard.popleft()
                 self._queues.notify_all()
-            yield line
 
     def connect(self) -> None:
         """Connect and be let in.
@@ -235,7 +235,8 @@ class ChatClient:
         self._unsent, self.reason = b"", ""
         self._state, self._introduced, self._password_given = State.AT_THE_DOOR, False, False
         self._selector.register(self._connection, selectors.EVENT_READ)
-        self._replay = None if self.position is None else []
+        if self.position is not None and self._replay is None:
+            self._replay = []
         deadline = time.monotonic() + CONNECT_TIMEOUT
         try:
             while self._state is State.AT_THE_DOOR:
@@ -280,9 +281,8 @@ class ChatClient:
         if not item.text.strip():
             return
         self._encode(item.text)
-        if item.verb == "nick" and self._state is State.AT_THE_DOOR:
-            self.name = protocol.check_name(item.text.partition(" ")[2].strip())
-            return  # nobody there to ask: it is the name to come back with
+        if item.verb == "nick":
+            protocol.check_name(item.text.partition(" ")[2].strip())
         with self._queues:
             self._queues.wait_for(lambda: self._leaving.is_set() or self._pending() < MAX_WAITING)
             self._waiting.append(item)
@@ -304,7 +304,7 @@ class ChatClient:
         if self._receiver.is_alive():
             self._cut()
             self._receiver.join()
-        self._release()
+        self.close()
         pending = [item.text for item in [*self._unconfirmed, *self._waiting]]
         return [text for text in pending if text != "/quit"]
 
@@ -329,7 +329,8 @@ class ChatClient:
         """Wait until the conversation has ended."""
         self._receiver.join()
 
-    def _release(self) -> None:
+    def close(self) -> None:
+        """Give back what is held for connections; `leave` does it too."""
         self._selector.close()
         self._waker.close()
 
@@ -365,13 +366,15 @@ class ChatClient:
         self._unsent = self._unsent[connection.send(self._unsent) :]
         writing = selectors.EVENT_WRITE if self._unsent else 0
         self._selector.modify(connection, selectors.EVENT_READ | writing)
-        if not self._selector.select(None if deadline is None else deadline - time.monotonic()):
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not self._selector.select(timeout) or timeout == 0.0:
             raise TimeoutError("no answer came")
         data = connection.receive_now()
         if data == b"":
             raise ConnectionError("the server closed the connection")
         for line in self._framer.feed(data or b""):
-            self._hear(protocol.parse(protocol.escape(line, self.fmt)))
+            shown = protocol.escape(line[: protocol.MAX_SERVER_LINE], self.fmt)
+            self._hear(protocol.parse(shown))
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -392,6 +395,12 @@ class ChatClient:
             try:
                 self.connect()
                 return
+            except NameRefused as refused:
+                if self._take_new_name():
+                    delay = RETRY_FIRST / 2
+                elif str(refused) != said:
+                    said = str(refused)
+                    self._show(Notice(f"{said} with /nick"))
             except Refused as refused:
                 if str(refused) != said:
                     said = str(refused)
@@ -399,6 +408,16 @@ class ChatClient:
             except OSError:
                 pass  # as long as it takes
             delay = min(RETRY_MAX, delay * 2)
+
+    def _take_new_name(self) -> bool:
+        """Come back under the name that waits in a /nick, if there is one."""
+        with self._queues:
+            for item in self._waiting:
+                if item.verb == "nick":
+                    self._waiting.remove(item)
+                    self.name = item.text.partition(" ")[2].strip()
+                    return True
+        return False
 
     # What is sent.
 
@@ -411,6 +430,7 @@ class ChatClient:
                 if self._unconfirmed and self._unconfirmed[-1].verb == "nick":
                     return  # what follows is said under the name that the answer tells
                 item = self._waiting.popleft()
+                item.name = self.name
                 self._unconfirmed.append(item)
                 self._unsent += self._encode(item.text)
 
@@ -442,7 +462,7 @@ class ChatClient:
         elif line.kind is Kind.PASS:
             self._give_password()
         elif line.kind is Kind.ANSWER and protocol.is_welcome(str(line)):
-            self._state, self._unbroken = State.CATCHING_UP, True
+            self._state = State.CATCHING_UP
             # Its answer comes behind the replay: only then do we know what was heard.
             self._unsent += protocol.encode("/names")
             if self._replay is None:
@@ -466,7 +486,7 @@ class ChatClient:
         if self.position is not None:
             self.position += 1
         self._follow(line)
-        if protocol.fold(line.name) == protocol.fold(self.name):
+        if line.name:
             self._confirm(line)
         self._bring(line)
 
@@ -474,7 +494,7 @@ class ChatClient:
         """Take a line of ours as the receipt of what was typed."""
         with self._queues:
             for item in self._unconfirmed:
-                if item.echo == (line.kind, line.text):
+                if (item.echo, item.name) == ((line.kind, line.text), line.name):
                     self._unconfirmed.remove(item)
                     self._queues.notify_all()
                     return
@@ -482,7 +502,8 @@ class ChatClient:
     def _hear_answer(self, text: str) -> bool:
         """Take in what the server says to us alone; tell whether to show it."""
         if (position := protocol.position_in(text)) is not None:
-            self._unbroken = self.position in (None, position)
+            if self.position not in (None, position):
+                self._unbroken = False
             self.position = position
         elif (missed := protocol.missed_in(text)) is not None:
             self._skip(missed)
@@ -510,22 +531,28 @@ class ChatClient:
         with self._queues:
             oldest = self._unconfirmed[0] if self._unconfirmed else None
             refused = protocol.is_refusal(text)
-            if oldest is not None and (refused or oldest.echo is None):
-                self._unconfirmed.popleft()
-                self._queues.notify_all()
+            if oldest is not None:
+                if protocol.may_answer(text, "" if oldest.echo else oldest.verb):
+                    self._unconfirmed.popleft()
+                    self._queues.notify_all()
+                else:
+                    oldest = None
         if (name := protocol.name_in(text)) is not None:
             self.name = name
-        if oldest is not None and refused and oldest.echo is not None:
-            self.failed += 1
+        if oldest is None or not refused:
+            return
+        self.failed += 1
+        if oldest.echo is not None:
             self._show(Unsent("the last line was not sent", oldest.text))
 
     def _skip(self, count: int) -> None:
         """Go on behind lines of the room that we do not get."""
-        self._unbroken = False
         if self.position is not None:
             self.position += count
         if self._state is State.SETTLED:
             self._give_up_receipts()
+        else:
+            self._unbroken = False
 
     def _settle(self) -> None:
         """The replay is over: show it, and send again what is not in it."""
@@ -543,6 +570,7 @@ class ChatClient:
             if self._unbroken:
                 self._waiting.extendleft(reversed(self._unconfirmed))
                 self._unconfirmed.clear()
+            self._unbroken = True
             self._queues.notify_all()
         for item in commands:
             self._show(Notice(f"no answer came to: {discreet(item.text)}"))
@@ -567,16 +595,25 @@ class ChatClient:
         else:
             self._replay.append(line)
 
+    def _next_heard(self) -> Line | None:
+        with self._queues:
+            self._queues.wait_for(lambda: self._heard or self._leaving.is_set())
+            if not self._heard:
+                return None
+            self._queues.notify_all()
+            return self._heard.popleft()
+
     def _collect(self, line: Line | Notice) -> None:
         """Keep a line for who iterates: wait for a slow one, forget the oldest if there is none."""
         if isinstance(line, Notice):
             return
         with self._queues:
-            if self._iterated:
-                self._queues.wait_for(
-                    lambda: self._leaving.is_set() or len(self._heard) < MAX_WAITING
+            self._queues.wait_for(
+                lambda: (
+                    self._leaving.is_set() or len(self._heard) < MAX_WAITING or not self._iterated
                 )
-            elif len(self._heard) == MAX_WAITING:
+            )
+            if len(self._heard) >= MAX_WAITING:
                 self._heard.popleft()
             self._heard.append(line)
             self._queues.notify_all()
@@ -1067,7 +1104,7 @@ def write(chat: ChatClient, screen: Screen) -> int:
             screen.show(Notice(f"a line was not sent: {refusal}"))
             continue
         for line in lines:
-            if line.strip() == "/quit":
+            if (protocol.command(line) or ("",))[0] == "quit":
                 return refused
             try:
                 if screen.interactive and line.strip() == "/op":
@@ -1103,7 +1140,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _converse(screen: Screen, options: argparse.Namespace) -> int:
     """Join the room, talk, and leave; return the exit status."""
-    chat = _join(screen, options)
+    chat = screen.chat = ChatClient(
+        _name(screen, options.name),
+        options.host,
+        options.port,
+        options.format,
+        password=protocol.password(options.password_file, "CHAT_PASSWORD"),
+        tls=_tls_context(options),
+        fingerprint=options.tls_fingerprint or "",
+        show=screen.show,
+        ended=_interrupt_main,
+    )
+    try:
+        _join(chat, screen)
+    except BaseException:
+        chat.close()
+        raise
+    chat.start()
     refused = 0
     try:
         refused = write(chat, screen)
@@ -1112,7 +1165,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         elif not screen.interactive:
             chat.flush()
     except KeyboardInterrupt:
-        pass
+        pass  # Ctrl-C, a signal, or the end of the conversation: leave
     unsent = chat.leave()
     for text in unsent:
         screen.show(Notice(f"not sent: {discreet(text)}"))
@@ -1121,37 +1174,32 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     return 1 if not screen.interactive and (refused or unsent or chat.failed) else 0
 
 
-def _join(screen: Screen, options: argparse.Namespace) -> ChatClient:
-    """Get into the room, under another name if the first cannot be had."""
-    name = options.name
-    chat: ChatClient | None = None
+def _name(screen: Screen, name: str = "") -> str:
+    """Return a name that a person can have, asking for it if need be."""
     while True:
         try:
-            name = protocol.check_name((name or screen.ask("Your name: ")).strip())
-            if chat is None:
-                chat = ChatClient(
-                    name,
-                    options.host,
-                    options.port,
-                    options.format,
-                    password=protocol.password(options.password_file, "CHAT_PASSWORD"),
-                    tls=_tls_context(options),
-                    fingerprint=options.tls_fingerprint or "",
-                    show=screen.show,
-                    ended=_interrupt_main,
-                )
-            chat.name = name
-            screen.chat = chat
+            return protocol.check_name((name or screen.ask("Your name: ")).strip())
+        except Refusal as refusal:
+            if not screen.interactive:
+                raise
+            screen.show(Notice(str(refusal)))
+            name = ""
+
+
+def _join(chat: ChatClient, screen: Screen) -> None:
+    """Get into the room, with another name or password if the first will not do."""
+    was_asked = chat.password is None
+    while True:
+        try:
             chat.connect()
-            chat.start()
-            return chat
-        except (Refusal, NameRefused) as refused:
+            return
+        except NameRefused as refused:
             if not screen.interactive:
                 raise
             screen.show(Notice(str(refused)))
-            name = ""
+            chat.name = _name(screen)
         except PasswordRefused as refused:
-            if chat is None or options.password_file or "CHAT_PASSWORD" in os.environ:
+            if not was_asked:
                 raise
             if chat.password is not None:
                 screen.show(Notice(str(refused)))

@@ -500,6 +500,21 @@ def is_refusal(line: str) -> bool:
     return line.startswith(not_sent(""))
 
 
+def may_answer(line: str, verb: str) -> bool:
+    """Tell whether an answer may be the first one to ``/verb``, or to a text if that is empty.
+
+    Other commands have answers of many lines, which must not be taken for these.
+    """
+    forms = [not_sent("")]
+    if verb == "nick":
+        forms += [answer("you are now "), answer("usage: /nick")]
+    elif verb == "msg":
+        forms += [answer("to "), answer("usage: /msg")]
+    elif verb:
+        return True
+    return line.startswith(tuple(forms))
+
+
 def sent_to(name: str, text: str) -> str:
     """Confirm a private line."""
     return answer(f"to {name}: {text}")

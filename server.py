@@ -620,9 +620,15 @@ class Room:
                 raise Gone
             if any(ban.concerns(name, "") for ban in self.bans):
                 raise Refusal(f"the name {name} is banned; choose another")
-            del self.names[protocol.fold(client.name)]
+            old = client.name
+            del self.names[protocol.fold(old)]
             self.names[protocol.fold(name)] = client
             client.call(name)
+            # Here, so that nobody can join under the old name before this is said.
+            self._enqueue([Told(client, self.line(protocol.now_named(name)))])
+            self._enqueue([self.said(protocol.renamed(old, name), client)])
+        self._waker.wake()
+        log.info("%s was %s", client, old)
 
     def leave(self, client: Client, last_line: str = "") -> None:
         """Let a client go, and wait until the broadcaster has let go of it."""
@@ -758,6 +764,22 @@ class Room:
         with self._lock:
             entries, self._queue = self._queue, []
             bans = self.bans if self._bans_changed else None
+            self._bans_changed = False
+        try:
+            lines = self._place_all(entries, bans)
+            self._due.update(writable, (c for c in self.clients if lines and not c.watched))
+            while self._due:
+                self._serve(self._due.pop())
+            self._log_said(lines)
+        finally:
+            if any(isinstance(entry, Left) for entry in entries):
+                self.clients = [client for client in self.clients if not client.forgotten]
+            with self._lock:
+                self._placed += sum(map(_size, entries))
+                self._round_over.notify_all()
+
+    def _place_all(self, entries: list[Entry], bans: list[Ban] | None) -> list[bytes]:
+        """Store the room's lines, and put everything else in its place among them."""
         lines = [line for entry in entries if isinstance(entry, Said) for line in entry.lines]
         position = self.history.end
         stored = self._store(lines, bans)
@@ -768,15 +790,7 @@ class Room:
                 position += len(entry.lines)
             elif entry.author is not None:
                 self._refuse(entry.author, len(entry.lines), position)
-        self._due.update(writable, (c for c in self.clients if lines and not c.watched))
-        while self._due:
-            self._serve(self._due.pop())
-        self._log_said(lines)
-        if any(isinstance(entry, Left) for entry in entries):
-            self.clients = [client for client in self.clients if not client.forgotten]
-        with self._lock:
-            self._placed += sum(map(_size, entries))
-            self._round_over.notify_all()
+        return lines
 
     def _store(self, lines: list[bytes], bans: list[Ban] | None) -> bool:
         """Append to the history; tell whether it could, and log when that changes."""
@@ -786,9 +800,8 @@ class Room:
             if self._storing:
                 log.error("cannot store what is said: %s; it is not sent either", error)
             self._storing = False
+            self._bans_changed = self._bans_changed or bans is not None
             return False
-        if bans is not None:
-            self._bans_changed = False
         if lines and not self._storing:
             log.info("what is said is stored again")
             self._storing = True
@@ -1020,13 +1033,8 @@ def _msg(room: Room, client: Client, argument: str) -> Iterable[Entry]:
 def _nick(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     if not argument:
         raise Usage
-    old, new = client.name, protocol.check_name(argument)
-    room.rename(client, new)
-    log.info("%s was %s", client, old)
-    return [
-        Told(client, room.line(protocol.now_named(new))),
-        room.said(protocol.renamed(old, new), client),
-    ]
+    room.rename(client, protocol.check_name(argument))
+    return ()
 
 
 @command("history")
