@@ -21,6 +21,7 @@ from __future__ import annotations
 import _thread
 import abc
 import argparse
+import contextlib
 import ctypes
 import enum
 import getpass
@@ -45,6 +46,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
+
+try:
+    import termios
+except ImportError:  # Windows has its own kind of terminal
+    termios = None  # type: ignore[assignment]
 
 import protocol
 from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsConnection, Waker
@@ -77,6 +83,10 @@ class NameRefused(Refused):
 
 class PasswordRefused(Refused):
     """It would, with the right password."""
+
+
+class OutputClosed(Exception):
+    """Nobody reads what we show, as behind ``| head``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +177,7 @@ class ChatClient:
         self.present: list[str] = []  # the names here, who spoke last first
         self.failed = 0  # lines that were not broadcast, as far as we know
         self.reason = ""  # why the conversation ended, when nobody here wanted it to
-        self._show = show or self._collect
+        self._show_to = show or self._collect
         self._ended = ended
         self._leaving = threading.Event()
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
@@ -188,8 +198,10 @@ class ChatClient:
         self._introduced = False  # our name is given
         self._password_given = False
         self._unbroken = True  # no line of the room was skipped since we were settled
+        self._names: list[str] = []  # in the answer to our own /names, as far as it came
         self._names_due = 0  # names still to come in the answer to our own /names
         self._replay: list[Line] | None = None  # what we missed, until it is complete
+        self._skipped = 0  # lines that the replay has not, as the server said
         self._lost_at = 0.0
         self._next_try = 0.0
 
@@ -257,7 +269,8 @@ class ChatClient:
                     while True:
                         self._exchange()
                 except OSError:
-                    self._lost_at = time.monotonic()
+                    if self._replay is None:  # and not on the way back already
+                        self._lost_at = time.monotonic()
                     self._disconnect()
                 if not self._leaving.is_set():
                     self._come_back()
@@ -372,6 +385,8 @@ class ChatClient:
         data = connection.receive_now()
         if data == b"":
             raise ConnectionError("the server closed the connection")
+        if self._framer.overrun:
+            raise ConnectionError("the server sends no lines")
         for line in self._framer.feed(data or b""):
             shown = protocol.escape(line[: protocol.MAX_SERVER_LINE], self.fmt)
             self._hear(protocol.parse(shown))
@@ -512,7 +527,7 @@ class ChatClient:
             self._take_names(text.removeprefix("-> "))
         elif self._state is State.CATCHING_UP and (found := protocol.names_in(text)):
             self._names_due, names = found
-            self.present = []
+            self._names = []
             self._take_names(names)
             self._settle()
         else:
@@ -523,8 +538,11 @@ class ChatClient:
     def _take_names(self, text: str) -> None:
         """Take one line of the answer to our own /names."""
         names, is_last = protocol.listed(text)
-        self.present += names
+        self._names += names
         self._names_due = 0 if is_last else max(0, self._names_due - len(names))
+        if not self._names_due:
+            known = [name for name in self.present if name in self._names]
+            self.present = known + [name for name in self._names if name not in known]
 
     def _hear_own_answer(self, text: str) -> None:
         """Take an answer as the receipt of the oldest command, or as a line's refusal."""
@@ -553,6 +571,7 @@ class ChatClient:
             self._give_up_receipts()
         else:
             self._unbroken = False
+            self._skipped += count
 
     def _settle(self) -> None:
         """The replay is over: show it, and send again what is not in it."""
@@ -560,7 +579,8 @@ class ChatClient:
         replay, self._replay = self._replay, None
         if replay is not None:
             away = time.monotonic() - self._lost_at
-            lines = f"{len(replay)} line{'' if len(replay) == 1 else 's'} missed"
+            missed = len(replay) + self._skipped
+            lines = f"{missed} line{'' if missed == 1 else 's'} missed"
             self._show(Notice(f"back after {away:.0f} s, {lines}"))
             for line in replay:
                 self._show(line)
@@ -570,7 +590,7 @@ class ChatClient:
             if self._unbroken:
                 self._waiting.extendleft(reversed(self._unconfirmed))
                 self._unconfirmed.clear()
-            self._unbroken = True
+            self._unbroken, self._skipped = True, 0
             self._queues.notify_all()
         for item in commands:
             self._show(Notice(f"no answer came to: {discreet(item.text)}"))
@@ -587,6 +607,12 @@ class ChatClient:
             self._show(Notice(f"cannot know whether this was seen, not sent again: {item.text}"))
 
     # What is shown.
+
+    def _show(self, item: Line | Notice) -> None:
+        try:
+            self._show_to(item)
+        except OSError as error:  # of the screen, not of the connection
+            raise OutputClosed from error
 
     def _bring(self, line: Line) -> None:
         """Show a line, or keep it until the replay is complete."""
@@ -702,10 +728,6 @@ class Leave(KeyboardInterrupt):
     """A signal, or the end of the conversation, tells the main thread to leave."""
 
 
-class OutputClosed(Exception):
-    """Nobody reads what we show, as behind ``| head``."""
-
-
 class Screen(abc.ABC):
     """Where the user types and reads: a pipe or one of two kinds of terminal.
 
@@ -717,6 +739,8 @@ class Screen(abc.ABC):
     def __init__(self, look: Look) -> None:
         self.look = look
         self.chat: ChatClient | None = None  # as soon as there is one
+        on_terminal = termios is not None and sys.stdin.isatty()
+        self._settings = termios.tcgetattr(sys.stdin) if on_terminal else None
         self._given_back = ""
 
     @abc.abstractmethod
@@ -735,9 +759,14 @@ class Screen(abc.ABC):
         """Let the next `read` begin with a line that was refused."""
         self._given_back = line
 
+    def leave(self) -> None:
+        """Make `read` raise `Leave`; called by a signal's handler, in the main thread."""
+        raise Leave
+
     def close(self) -> None:
         """Leave the terminal as it was."""
-        return
+        if self._settings is not None:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._settings)
 
     def _render(self, item: Line | Notice) -> str:
         if isinstance(item, Unsent):
@@ -757,6 +786,7 @@ class Pipe(Screen):
     def __init__(self, look: Look, fmt: str) -> None:
         super().__init__(look)
         self._fmt = fmt
+        self._count = 0  # lines read
 
     def read(self) -> str:
         """Return the next line; raise `Refusal` for one that the room cannot carry."""
@@ -766,7 +796,11 @@ class Pipe(Screen):
         rest = line
         while rest and not rest.endswith(b"\n"):  # it is far too long; the next begins behind it
             rest = sys.stdin.buffer.readline(protocol.MAX_UNFRAMED)
-        text = protocol.decode(line.rstrip(b"\r\n"), self._fmt, MAX_TEXT)
+        self._count += 1
+        try:
+            text = protocol.decode(line.rstrip(b"\r\n"), self._fmt, MAX_TEXT)
+        except Refusal as refusal:
+            raise Refusal(f"line {self._count} was not sent: {refusal}") from None
         # What a program prints may begin with a slash and be no command of ours.
         request = protocol.command(text)
         known = request is None or request[0] in protocol.COMMANDS
@@ -779,7 +813,8 @@ class Pipe(Screen):
             return
         try:
             print(self._render(item), flush=True)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            # What is still in the buffer must not be tried again at the exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise OutputClosed from error
 
@@ -806,6 +841,7 @@ class ReadlineTerminal(Screen):
         self._waiting: deque[str] = deque()  # rendered, not yet on the screen
         self._shown = threading.Event()  # set when they are
         self._reading = False  # from before `input` to after its line is off the screen
+        self._prompted = False  # readline has drawn the prompt
         self._showing = False
         self._cleared = False  # Ctrl-C cleared a half-typed line, and did not mean to leave
         signal.signal(signal.SIGINT, self._on_interrupt)
@@ -835,7 +871,7 @@ class ReadlineTerminal(Screen):
                 self._write("\x1b[A\r\x1b[J" if self._library else "\r\x1b[K")
                 raise
             finally:
-                self._reading = self._cleared = False
+                self._reading = self._prompted = self._cleared = False
                 self._show_waiting()
 
     def ask(self, question: str, *, secret: bool = False) -> str:
@@ -861,9 +897,10 @@ class ReadlineTerminal(Screen):
             self._shown.wait(0.05)
 
     def close(self) -> None:
-        """Take no more signals."""
+        """Take no more signals, and leave the terminal as it was."""
         if self._library:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        super().close()
 
     def _begin(self) -> None:
         """Have Tab complete, and put a line that was refused back into the prompt."""
@@ -871,11 +908,19 @@ class ReadlineTerminal(Screen):
             return
         line, self._given_back = self._given_back, ""
         self._readline.set_startup_hook(lambda: self._readline.insert_text(line))
+        self._readline.set_pre_input_hook(self._on_prompt)
         self._readline.set_completer(self._complete)
         self._readline.set_completer_delims(" ")
         libedit = "libedit" in (self._readline.__doc__ or "")
         self._readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: menu-complete")
         self._readline.parse_and_bind("set enable-bracketed-paste on")
+
+    def _on_prompt(self) -> None:
+        self._prompted = True
+
+    def _is_active(self) -> bool:
+        """Tell whether readline waits for a key, with prompt and line on the screen."""
+        return self._prompted and self._library is not None and self._library.is_reading()
 
     def _complete(self, word: str, state: int) -> str | None:
         assert self._readline is not None
@@ -885,7 +930,7 @@ class ReadlineTerminal(Screen):
 
     def _show_waiting(self) -> None:
         """Print what waits; in the main thread, where readline runs too."""
-        library = self._library if self._library and self._library.is_reading() else None
+        library = self._library if self._is_active() else None
         if self._showing or (self._reading and not library):
             return  # it is being done, or readline is just beginning or ending
         self._showing = True
@@ -914,7 +959,7 @@ class ReadlineTerminal(Screen):
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
         self._cleared = False
-        if self._reading and self._library and self._library.is_reading():
+        if self._reading and self._library and self._is_active():
             self._cleared = bool(self._readline.get_line_buffer())
             self._library.hide()
             self._write("\r")
@@ -1007,6 +1052,9 @@ class ToolkitTerminal(Screen):
             refresh_interval=1.0,
         )
         self._output = StdoutProxy(raw=True, sleep_between_writes=0.02)
+        # Printing above the prompt takes no time; in cooked mode the keys that are
+        # typed in that time would be echoed into what is printed.
+        self._session.app.input.cooked_mode = contextlib.nullcontext  # type: ignore[method-assign]
 
     def read(self) -> str:
         """Return the text that is typed next; a paste may have several lines."""
@@ -1024,9 +1072,23 @@ class ToolkitTerminal(Screen):
         self._output.write(self._render(item) + "\n")
         self._output.flush()
 
+    def leave(self) -> None:
+        """Have the prompt end in its own good order, and raise `Leave` then."""
+        app = self._session.app
+        if app.is_running and app.loop:
+            app.loop.call_soon_threadsafe(self._exit)
+        else:
+            raise Leave
+
+    def _exit(self) -> None:
+        app = self._session.app
+        if app.future and not app.future.done():
+            app.exit(exception=Leave())
+
     def close(self) -> None:
         """Print what has not been printed yet."""
         self._output.close()
+        super().close()
 
     def _status(self) -> str:
         chat = self.chat
@@ -1101,7 +1163,7 @@ def write(chat: ChatClient, screen: Screen) -> int:
             return refused
         except Refusal as refusal:
             refused += 1
-            screen.show(Notice(f"a line was not sent: {refusal}"))
+            screen.show(Notice(str(refusal)))
             continue
         for line in lines:
             if (protocol.command(line) or ("",))[0] == "quit":
@@ -1120,10 +1182,10 @@ def write(chat: ChatClient, screen: Screen) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Chat until the user leaves; return the exit status."""
     options = _parser().parse_args(arguments)
+    screen = _screen(options)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), _leave)
-    screen = _screen(options)
+            signal.signal(getattr(signal, name), lambda number, frame: screen.leave())
     try:
         return _converse(screen, options)
     except (KeyboardInterrupt, OutputClosed):
@@ -1239,10 +1301,6 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise Leave
 
 
 def _interrupt_main() -> None:

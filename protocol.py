@@ -94,7 +94,7 @@ class Framer:
     """Cut a stream of bytes into lines, whatever chunks it comes in.
 
     A line comes out without its newline and the ``\\r`` before it.  One that is
-    longer than `limit` bytes comes out too, cut short but still too long for
+    longer than `limit` bytes comes out too, cut short or not but too long for
     `decode`, so that it is refused in its place and memory stays bounded.
     """
 

@@ -417,6 +417,7 @@ class Client:
     position: int = 0  # the cursor: the next room line that it gets
     data: bytes = b""  # what it is being sent, behind which is the cursor
     sent: int = 0  # bytes of that which its socket has taken
+    paying: int = 0  # private lines in it, owed until all of it is sent
     outbox: deque[tuple[int, bytes]] = field(default_factory=deque)  # by position
     fetching: bool = False  # what it gets next is being read from the file
     watched: bool = False  # its socket is full; the selector tells when it is not
@@ -544,7 +545,7 @@ class Room:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._waker, selectors.EVENT_READ, None)
         self._due: set[Client] = set()  # whom the next round serves in any case
-        self._stop_at = 0.0  # when the broadcaster gives up delivering
+        self._stop_at: float | None = None  # when the broadcaster gives up delivering
         self._ended = False  # no round follows
         self._storing = True  # the last round was
         self._wanted: queue.SimpleQueue[tuple[Client, int, int] | None] = queue.SimpleQueue()
@@ -666,10 +667,15 @@ class Room:
             self._bans_changed = True
         self._waker.wake()
 
-    def present(self) -> tuple[list[str], int]:
-        """Return the names of those who came first, and how many are here in all."""
+    def present(self) -> list[str]:
+        """Return the names of all who are here."""
         with self._lock:
-            return self._listed(protocol.LISTED_NAMES)
+            return self._listed(len(self.names))[0]
+
+    def first_present(self, most: int) -> tuple[list[str], int]:
+        """Return at most so many of the names, and how many there are in all."""
+        with self._lock:
+            return self._listed(most)
 
     def find(self, name: str) -> Client:
         """Return who has a name; raise `Refusal` when nobody has."""
@@ -749,11 +755,11 @@ class Room:
 
     def _wait(self) -> list[Client]:
         """Wait until something happened; return the clients whose sockets have room again."""
-        timeout = max(0.0, self._stop_at - time.monotonic()) if self.stopping.is_set() else None
+        timeout = None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
         return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
 
     def _all_delivered(self) -> bool:
-        if not self.stopping.is_set():
+        if self._stop_at is None:
             return False
         waiting = self._queue or self._due or any(c.watched or c.fetching for c in self.clients)
         return not waiting or time.monotonic() > self._stop_at
@@ -796,9 +802,10 @@ class Room:
         """Append to the history; tell whether it could, and log when that changes."""
         try:
             self.history.append(lines, bans)
-        except NotStored as error:
+        except Exception as error:
             if self._storing:
-                log.error("cannot store what is said: %s; it is not sent either", error)
+                unforeseen = not isinstance(error, NotStored)
+                log.error("cannot store what is said: %s", error, exc_info=unforeseen)
             self._storing = False
             self._bans_changed = self._bans_changed or bans is not None
             return False
@@ -810,11 +817,15 @@ class Room:
     def _refuse(self, author: Client, count: int, position: int) -> None:
         """Tell an author that lines could not be stored, and so were not sent."""
         for _ in range(count):
-            told = Told(author, self.line(protocol.NOT_STORED))
-            with self._lock:
-                author.owed_lines += 1
-                author.owed_bytes += len(told.line)
-            self._place(told, position)
+            self._tell(author, position, self.line(protocol.NOT_STORED))
+        self._due.add(author)
+
+    def _tell(self, client: Client, position: int, line: bytes) -> None:
+        """Put a line of the broadcaster's own into a client's outbox."""
+        with self._lock:
+            client.owed_lines += 1
+            client.owed_bytes += len(line)
+        client.outbox.append((position, line))
 
     def _place(self, entry: Told | Joined | Left | Fetched, position: int) -> None:
         """Do what an entry says at its place among the room's lines."""
@@ -831,10 +842,9 @@ class Room:
             asked = entry.asked
             start = position - asked.last if asked.position is None else asked.position
             client.position = min(max(start, self.history.oldest), position)
-            client.outbox.append((client.position, entry.greeting))
+            self._tell(client, client.position, entry.greeting)
             if asked.wants_position:
-                at = self.line(protocol.at(client.position))
-                client.outbox.append((client.position, at))
+                self._tell(client, client.position, self.line(protocol.at(client.position)))
             self.clients.append(client)
         else:
             client.until = position
@@ -850,9 +860,10 @@ class Room:
                 client.sent += client.connection.send(unsent)
                 full = client.sent < len(client.data)
                 if not full:
-                    client.data, client.sent = b"", 0
-        except OSError as error:
-            log.debug("%s: %s", client, error)
+                    self._finish(client)
+        except Exception as error:
+            if not isinstance(error, OSError):
+                log.exception("%s: a fault; the connection ends", client)
             client.fetching = False
             client.end_input()
         finally:
@@ -860,13 +871,21 @@ class Room:
             self._watch(client, full and not leaving)
             client.forgotten = leaving and (full or not client.fetching)
 
+    def _finish(self, client: Client) -> None:
+        """Be done with what a client was being sent."""
+        if client.paying:
+            with self._lock:
+                client.owed_lines -= client.paying
+                client.owed_bytes -= len(client.data)
+        client.data, client.sent, client.paying = b"", 0, 0
+
     def _take_next(self, client: Client) -> bool:
         """Take what a client gets next; tell whether there is anything, for now."""
         position, outbox = client.position, client.outbox
         if client.fetching:
             return False
         if outbox and outbox[0][0] <= position:
-            client.data = self._take_private(client)
+            self._take_private(client)
             return True
         end = self.history.end if client.until is None else client.until
         if outbox:
@@ -910,15 +929,11 @@ class Room:
                 lines = []
             self.broadcast([Fetched(client, lines, end)])
 
-    def _take_private(self, client: Client) -> bytes:
+    def _take_private(self, client: Client) -> None:
         lines = []
         while client.outbox and client.outbox[0][0] <= client.position:
             lines.append(client.outbox.popleft()[1])
-        data = b"".join(lines)
-        with self._lock:
-            client.owed_lines -= len(lines)
-            client.owed_bytes -= len(data)
-        return data
+        client.data, client.paying = b"".join(lines), len(lines)
 
     def _watch(self, client: Client, watched: bool) -> None:
         """Have the selector tell when a full socket has room, or not any more."""
@@ -1002,7 +1017,8 @@ def _help(room: Room, client: Client, argument: str) -> Iterable[Entry]:
 
 @command("names")
 def _names(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    return [Told(client, room.line(line)) for line in protocol.here(*room.present())]
+    some = room.first_present(protocol.LISTED_NAMES)
+    return [Told(client, room.line(line)) for line in protocol.here(*some)]
 
 
 @command("me")
@@ -1280,7 +1296,8 @@ class ChatServer(Room):
         try:
             threading.Thread(target=self.handle, args=[client], daemon=True).start()
         except BaseException:
-            client.connection.send(self.line(protocol.BUSY))
+            with contextlib.suppress(OSError):
+                client.connection.send(self.line(protocol.BUSY))
             self._unregister(client)
             raise
 
@@ -1598,7 +1615,8 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
     if not isinstance(error, OSError):
         return str(error)
     if error.filename:
-        return f"cannot open {error.filename}: {error.strerror}; name another file"
+        verb = "write" if error.filename == options.log_file else "read"
+        return f"cannot {verb} {error.filename}: {error.strerror}; name another file"
     remedy = {
         errno.EADDRINUSE: "the port is in use; choose another with --port",
         errno.EADDRNOTAVAIL: "not an address of this machine; choose one with --host",
