@@ -85,6 +85,10 @@ class PasswordRefused(Refused):
     """It would, with the right password."""
 
 
+class PutOut(Refused):
+    """Somebody does not want us here."""
+
+
 class OutputClosed(Exception):
     """Nobody reads what we show, as behind ``| head``."""
 
@@ -175,6 +179,7 @@ class ChatClient:
         self.key = secrets.token_hex(16)  # takes our place back from a connection that is lost
         self.position: int | None = None  # of the next line of the room
         self.present: list[str] = []  # the names here, who spoke last first
+        self.live = False  # what comes is said now, and not from before our time
         self.failed = 0  # lines that were not broadcast, as far as we know
         self.reason = ""  # why the conversation ended, when nobody here wanted it to
         self._show_to = show or self._collect
@@ -323,7 +328,7 @@ class ChatClient:
 
     @property
     def settled(self) -> bool:
-        """Whether what comes now is said now."""
+        """Whether what was said before is heard, and what is typed goes out."""
         return self._state is State.SETTLED
 
     @property
@@ -416,6 +421,8 @@ class ChatClient:
                 elif str(refused) != said:
                     said = str(refused)
                     self._show(Notice(f"{said} with /nick"))
+            except (PutOut, PasswordRefused):
+                raise  # trying again would not help
             except Refused as refused:
                 if str(refused) != said:
                     said = str(refused)
@@ -482,6 +489,8 @@ class ChatClient:
             self._unsent += protocol.encode("/names")
             if self._replay is None:
                 self._show(line)
+        elif line.kind is Kind.ANSWER and protocol.is_put_out(str(line)):
+            raise PutOut(line.text)
         elif line.kind is Kind.ANSWER and protocol.is_final(str(line)):
             raise Refused(line.text)
         elif line.kind is Kind.ANSWER:
@@ -495,7 +504,7 @@ class ChatClient:
         if self._password_given:
             raise PasswordRefused(self.reason)
         self._password_given = True
-        self._unsent += self.password.encode(self.fmt, "surrogateescape") + b"\n"
+        self._unsent += protocol.password_bytes(self.password) + b"\n"
 
     def _hear_room(self, line: Line) -> None:
         if self.position is not None:
@@ -503,6 +512,8 @@ class ChatClient:
         self._follow(line)
         if line.name:
             self._confirm(line)
+        elif str(line) == protocol.joined(self.name):
+            self.live = True
         self._bring(line)
 
     def _confirm(self, line: Line) -> None:
@@ -575,7 +586,7 @@ class ChatClient:
 
     def _settle(self) -> None:
         """The replay is over: show it, and send again what is not in it."""
-        self._state = State.SETTLED
+        self._state, self.live = State.SETTLED, True
         replay, self._replay = self._replay, None
         if replay is not None:
             away = time.monotonic() - self._lost_at
@@ -739,6 +750,7 @@ class Screen(abc.ABC):
     def __init__(self, look: Look) -> None:
         self.look = look
         self.chat: ChatClient | None = None  # as soon as there is one
+        self.leaving = threading.Event()  # a signal, or the end of the conversation, said so
         on_terminal = termios is not None and sys.stdin.isatty()
         self._settings = termios.tcgetattr(sys.stdin) if on_terminal else None
         self._given_back = ""
@@ -772,7 +784,7 @@ class Screen(abc.ABC):
         if isinstance(item, Unsent):
             self.give_back(item.line)
         chat = self.chat
-        return self.look.render(item, chat.name if chat else "", live=not chat or chat.settled)
+        return self.look.render(item, chat.name if chat else "", live=not chat or chat.live)
 
     def _prompt(self) -> str:
         return f"{self.chat.name}> " if self.chat else "> "
@@ -1176,7 +1188,7 @@ def write(chat: ChatClient, screen: Screen) -> int:
                     screen.show(Notice(f"to be sent when we are back: {discreet(line)}"))
             except Refusal as refusal:
                 refused += 1
-                screen.show(Unsent(f"not sent: {refusal}", line))
+                screen.show(Unsent(f"not sent: {refusal}", line if discreet(line) == line else ""))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1185,7 +1197,7 @@ def main(arguments: list[str] | None = None) -> int:
     screen = _screen(options)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), lambda number, frame: screen.leave())
+            signal.signal(getattr(signal, name), lambda number, frame: _leave(screen))
     try:
         return _converse(screen, options)
     except (KeyboardInterrupt, OutputClosed):
@@ -1211,7 +1223,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         tls=_tls_context(options),
         fingerprint=options.tls_fingerprint or "",
         show=screen.show,
-        ended=_interrupt_main,
+        ended=lambda: _interrupt_main(screen),
     )
     try:
         _join(chat, screen)
@@ -1292,6 +1304,9 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     """Return what the options say of TLS: who vouches for the server."""
     if not (options.tls or options.tls_ca or options.tls_fingerprint):
         return None
+    if options.tls_ca:
+        with open(options.tls_ca, "rb"):
+            pass  # so that an error names the file
     try:
         context = ssl.create_default_context(cafile=options.tls_ca)
     except ssl.SSLError:
@@ -1303,12 +1318,21 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     return context
 
 
-def _interrupt_main() -> None:
+def _leave(screen: Screen) -> None:
+    """Have the main thread leave, the first time that a signal says so."""
+    if not screen.leaving.is_set():
+        screen.leaving.set()
+        screen.leave()
+
+
+def _interrupt_main(screen: Screen) -> None:
     """Make the main thread stop reading, whatever it waits for."""
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-    else:
-        _thread.interrupt_main(signal.SIGTERM)
+    while not screen.leaving.is_set():
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        else:
+            _thread.interrupt_main(signal.SIGTERM)
+        screen.leaving.wait(0.05)  # and again: readline can miss a signal
 
 
 def _fail(text: str) -> int:

@@ -82,6 +82,11 @@ def password(file: str | None, variable: str) -> str | None:
     return found
 
 
+def password_bytes(text: str) -> bytes:
+    """Return a password as it is sent and compared, in any room and from any file."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def fingerprint(certificate: bytes) -> str:
     """Return the SHA-256 fingerprint of a DER-encoded certificate, as AB:CD:..."""
     return hashlib.sha256(certificate).digest().hex(":").upper()
@@ -140,7 +145,7 @@ def foreign_protocol(start: bytes) -> str:
     first = start.partition(b"\n")[0]
     if re.fullmatch(rb"[A-Z]{3,7} \S+ HTTP/\d(\.\d)?\r?", first):
         return "HTTP"
-    if first.startswith(b"SSH-"):
+    if re.match(rb"SSH-\d\.", first):
         return "SSH"
     return ""
 
@@ -301,7 +306,7 @@ def without_name(line: bytes, prefix: bytes) -> bytes:
         return line[len(prefix) :]
     bare = prefix[:-1]
     if line[: len(bare)].lower() == bare.lower():
-        return line[len(bare) :]
+        return line[len(bare) :].removeprefix(b" ")
     return line
 
 
@@ -586,15 +591,18 @@ _FINAL = tuple(
         TOO_LATE,
         BUSY,
         WANTS_TLS,
-        answer("you were kicked"),
-        answer("you are banned"),
     )
 )
 
 
+def is_put_out(line: str) -> bool:
+    """Tell whether an answer means that somebody does not want us here."""
+    return line.startswith((answer("you were kicked"), answer("you are banned")))
+
+
 def is_final(line: str) -> bool:
     """Tell whether an answer means that the server closes and does not want us back now."""
-    return line.startswith(_FINAL)
+    return line.startswith(_FINAL) or is_put_out(line)
 
 
 def position_in(line: str) -> int | None:
@@ -726,15 +734,21 @@ class TlsConnection(Connection):
 
     def shake_hands(self, deadline: float) -> None:
         """Agree on keys; raise `ssl.SSLError`, or `TimeoutError` at the deadline."""
+        writable = False
         while True:
             try:
                 with self._lock:
                     return self._tls.do_handshake()
             except ssl.SSLWantReadError:
-                _wait(self._sock, deadline)
+                writable = False
             except ssl.SSLWantWriteError:
-                _wait(self._sock, deadline, writable=True)
-            except ssl.SSLError:
+                writable = True
+            except OSError:  # it speaks no TLS, or nothing in time
+                self._failed = True
+                raise
+            try:
+                _wait(self._sock, deadline, writable=writable)
+            except TimeoutError:
                 self._failed = True
                 raise
 

@@ -261,14 +261,14 @@ class FileHistory(History):
         return [self._encode(_line(*row)) for row in rows]
 
     def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
-        """Return the last `count` lines that have `word` in them, from all that was ever said."""
+        """Return the last `count` lines that have `word` in them, of all that was ever said."""
         pattern = "%" + re.sub(r"([%_\\])", r"\\\1", word) + "%"
         with self._reading:
             rows = self._reader.execute(
-                "SELECT time, kind, name, text FROM lines"
-                r" WHERE ?1 = '%%' OR text LIKE ?1 ESCAPE '\' OR name LIKE ?1 ESCAPE '\'"
-                " ORDER BY position DESC LIMIT ?2",
-                (pattern, count),
+                "SELECT time, kind, name, text FROM lines WHERE :word = '%%'"
+                r" OR text LIKE :word ESCAPE '\' OR name LIKE :word ESCAPE '\'"
+                " ORDER BY position DESC LIMIT :count",
+                {"word": pattern, "count": count},
             ).fetchall()
         return [(when, _line(*row)) for when, *row in reversed(rows)]
 
@@ -289,7 +289,9 @@ class FileHistory(History):
         if not is_new:
             # Looked at without a right to write: what is not ours stays as it is.
             with contextlib.closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as database:
-                self._check(database)
+                is_new = self._is_empty(database)
+                if not is_new:
+                    self._check(database)
         self._writer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         self._writer.execute("PRAGMA journal_mode=WAL")
         self._writer.execute("PRAGMA synchronous=FULL")
@@ -303,6 +305,16 @@ class FileHistory(History):
         ).fetchone()
         self.first = self.first if last is None else last + 1
         self._oldest = self.first if first is None else first
+
+    def _is_empty(self, database: sqlite3.Connection) -> bool:
+        """Tell whether a server ended here before it had made a history."""
+        os.lseek(self._held, 0, os.SEEK_SET)
+        if os.read(self._held, 16) != b"SQLite format 3\0":
+            return False
+        with contextlib.suppress(sqlite3.DatabaseError):
+            tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            return not tables and not database.execute("PRAGMA application_id").fetchone()[0]
+        return False
 
     def _check(self, database: sqlite3.Connection) -> None:
         """Raise `HistoryError` unless a file is whole and this version can go on with it."""
@@ -453,7 +465,7 @@ class Password:
     """A password that is kept as a hash alone, and compared in a time that tells nothing."""
 
     def __init__(self, password: str) -> None:
-        self._hash = hashlib.sha256(password.encode()).digest()
+        self._hash = hashlib.sha256(protocol.password_bytes(password)).digest()
 
     def is_it(self, given: bytes) -> bool:
         """Tell whether this is the password."""
@@ -639,7 +651,8 @@ class Room:
             self._enqueue([Left(client)])
             if self.names.get(protocol.fold(client.name)) is client:
                 del self.names[protocol.fold(client.name)]
-                self._enqueue([self.said(protocol.left(client.name))])
+                if not self.stopping.is_set():
+                    self._enqueue([self.said(protocol.left(client.name))])
         self._waker.wake()
         with self._lock:
             self._round_over.wait_for(lambda: client.forgotten or self._ended)
@@ -1001,6 +1014,9 @@ def obey(room: Room, client: Client, line: bytes | Refusal) -> Iterable[Entry]:
         return told(room, client, f"usage: {usage}, to {purpose}")
     except Refusal as refusal:
         return [Told(client, room.line(protocol.not_sent(refusal)))]
+    except sqlite3.Error as error:
+        log.error("cannot read the history: %s", error)
+        return told(room, client, "the history cannot be read; try again later")
 
 
 def told(room: Room, client: Client, *texts: str) -> list[Entry]:
@@ -1095,7 +1111,7 @@ def _op(room: Room, client: Client, argument: str) -> Iterable[Entry]:
         return told(room, client, "this room has no operators")
     if client.wrong_passwords >= TRIES:
         return told(room, client, "that was the third wrong password; there are no more tries here")
-    if not room.op_password.is_it(argument.encode(room.fmt)):
+    if not room.op_password.is_it(protocol.password_bytes(argument)):
         client.wrong_passwords += 1
         log.warning("%s gave a wrong operator password", client)
         client.gone.wait(WRONG_DELAY)
@@ -1340,14 +1356,14 @@ class ChatServer(Room):
             if not trusted:
                 self._check_password(client, deadline)
                 trusted = True
+            with self._door:
+                self._unnamed.pop(client, None)  # not the oldest without a name while it gets one
             try:
-                self.claim(client, protocol.introduction(protocol.decode(line, self.fmt)))
+                return self.claim(client, protocol.introduction(protocol.decode(line, self.fmt)))
             except Refusal as refusal:
                 client.connection.send(self.line(protocol.answer(str(refusal))))
-            else:
-                with self._door:
-                    self._unnamed.pop(client, None)
-                return
+            with self._door:
+                self._unnamed[client] = None
         raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
 
     def _shake_hands(self, client: Client, deadline: float) -> None:
@@ -1438,6 +1454,7 @@ class ChatServer(Room):
             if not client.name and how == socket.SHUT_WR:
                 with contextlib.suppress(OSError):
                     client.connection.send(self.line(protocol.SHUTTING_DOWN))
+            client.gone.set()
             client.connection.shutdown(how)
         with self._door:
             self._door.wait_for(lambda: not self._connected, STOP_CLOSE)
