@@ -1,0 +1,458 @@
+"""What goes wrong: resources that run out, peers that vanish, faults inside, and crowds."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from chat import Peer, close_peers, no_leaks, room_lines, run_chat, run_server, wait_until
+
+import protocol
+import server as server_module
+from protocol import Connection
+from server import ChatServer
+
+
+@pytest.fixture
+def room() -> Iterator[ChatServer]:
+    """An empty room."""
+    with run_chat() as server:
+        yield server
+
+
+# --- Accepting goes on -------------------------------------------------------
+
+
+def test_the_room_goes_on_without_descriptors() -> None:
+    """With no descriptor left the room talks on, says so once, and lets people in again later."""
+    with run_server("--rate-limit", "0") as server:
+        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
+        alice.expect("* bob joined the chat")
+        for episode in range(1, 3):
+            server.allow_descriptors(server.highest_descriptor() + 1)
+            waiting = [Peer(server.port) for _ in range(5)]
+            server.expect_log("(?s)" + "cannot accept.*" * episode)
+            alice.send(*(f"line {number}" for number in range(100)))
+            for peer in alice, bob:
+                peer.expect(*(f"alice: line {number}" for number in range(100)))
+            server.allow_descriptors()
+            for peer in waiting:
+                peer.expect("NICK")
+                peer.end_input()
+                peer.expect_closed()
+        assert server.log().count("cannot accept") == 2
+
+
+def test_a_place_that_is_left_lets_the_next_one_in() -> None:
+    """Whoever waits without a descriptor is let in when somebody leaves."""
+    with run_server() as server:
+        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
+        alice.expect("* bob joined the chat")
+        server.allow_descriptors(server.highest_descriptor() + 1)
+        carol = Peer(server.port)
+        server.expect_log("cannot accept")
+        bob.send("/quit")
+        carol.join("carol")
+        alice.expect("* bob left the chat", "* carol joined the chat")
+        server.allow_descriptors()
+
+
+def without_threads(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[object]:
+    """Have as many threads for clients as `failures` fail to start; return the failed ones."""
+    start, failed = threading.Thread.start, list[object]()
+
+    def start_or_raise(thread: threading.Thread) -> None:
+        target = getattr(thread, "_target", None)
+        if getattr(target, "__name__", "") == "handle" and len(failed) < failures:
+            failed.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_raise)
+    return failed
+
+
+def test_a_thread_that_cannot_start_costs_one_connection(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who cannot be served is told so and closed; the room goes on and the next one is served."""
+    alice = Peer(room.port).join("alice")
+    failed = without_threads(monkeypatch, failures=3)
+    for _ in range(3):
+        peer = Peer(room.port)
+        peer.expect(protocol.BUSY)
+        peer.expect_closed()
+    assert len(failed) == 3
+    Peer(room.port).join("bob")
+    alice.expect("* bob joined the chat")
+    assert caplog.text.count("cannot accept") == 1
+
+
+def test_a_thread_that_cannot_start_for_who_is_gone_leaks_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two faults at once, a reset and no thread, leave no connection behind."""
+    with no_leaks():
+        server = ChatServer(port=0)
+        try:
+            without_threads(monkeypatch, failures=1)
+            Peer(server.port).vanish()
+            waiting = Peer(server.port)
+            server.start()
+            waiting.join("alice")
+            wait_until(lambda: len(server._connected) == 1, "the lost one to be forgotten")
+        finally:
+            close_peers()
+            server.stop()
+
+
+def test_connections_reset_before_they_are_accepted() -> None:
+    """Connections that are reset in the queue are nothing to those behind them."""
+    with no_leaks():
+        server = ChatServer(port=0)  # it listens, and accepts nothing before it is started
+        for number in range(50):
+            peer = Peer(server.port)
+            if number % 2:
+                peer.send("ghost")
+            peer.vanish()
+        alice = Peer(server.port)
+        with server:
+            alice.join("alice")
+            wait_until(lambda: len(server._connected) == 1, "the lost ones to be forgotten")
+            alice.send("hello")
+            alice.expect_eventually("alice: hello")
+            close_peers()
+
+
+def test_a_server_that_cannot_listen_leaves_nothing() -> None:
+    """A port in use raises `OSError`, and no descriptor stays open."""
+    with run_chat() as server, no_leaks():
+        for _ in range(3):
+            with pytest.raises(OSError, match="in use"):
+                ChatServer(port=server.port)
+
+
+@pytest.mark.parametrize("error", [OSError(24, "too many"), MemoryError(), RuntimeError("odd")])
+def test_no_error_ends_accepting(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Whatever goes wrong with one connection, the next one is accepted."""
+    accept, left = room._accept, [error] * 3
+
+    def accept_or_raise() -> None:
+        if left:
+            raise left.pop()
+        accept()
+
+    monkeypatch.setattr(room, "_accept", accept_or_raise)
+    Peer(room.port).join("alice")
+    assert not left
+
+
+# --- Peers vanish ------------------------------------------------------------
+
+KEY = "0123456789abcdef"
+STAGES: dict[str, Callable[[Peer], object]] = {
+    "at once": lambda peer: None,
+    "when asked": lambda peer: peer.expect("NICK"),
+    "in the name": lambda peer: peer.send_raw(b"gho"),
+    "behind the name": lambda peer: peer.send_raw(b"ghost\n"),
+    "when refused": lambda peer: peer.send("1", "2", "3"),
+    "joined": lambda peer: peer.join("ghost"),
+    "in a line": lambda peer: peer.join("ghost").send_raw(b"hello wo"),
+    "behind a line": lambda peer: peer.send("ghost", "hello"),
+    "in a long line": lambda peer: peer.join("ghost").send_raw(b"x" * 5000),
+    "behind a flood": lambda peer: peer.send("ghost", *["hello"] * 2000),
+    "in an answer": lambda peer: peer.send("ghost", *["/history 200"] * 20),
+    "behind a command": lambda peer: peer.send("ghost", "/nick spirit", "/msg bob boo", "/quit"),
+    "with another protocol": lambda peer: peer.send_raw(b"GET / HTTP/1.1\r\n\r\n"),
+    "with a key": lambda peer: peer.send(f"ghost -0 {KEY}"),
+    "without end": lambda peer: peer.send_raw(b"ghost\n" + b"x" * 70_000),
+}
+
+
+@pytest.mark.parametrize("way", ["reset", "close", "half"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_peer_may_vanish_at_any_moment(room: ChatServer, stage: str, way: str) -> None:
+    """Nothing is left of a peer that is gone, and the others talk on."""
+    alice = Peer(room.port).join("alice")
+    for _ in range(3):
+        ghost = Peer(room.port)
+        STAGES[stage](ghost)
+        if way == "half":
+            ghost.end_input().rest()
+        elif way == "reset":
+            ghost.vanish()
+        else:
+            ghost.close()
+        last = Peer(room.port)
+        last.expect("NICK")  # so the ghost, who came before, has been accepted
+        last.close()
+        wait_until(lambda: len(room._connected) == 1, "the ghost to be forgotten")
+    alice.send("still here")
+    lines = alice.lines_until("alice: still here")
+    names = ("ghost", "spirit")
+    joined = [line for line in lines if line in map(protocol.joined, names)]
+    left = [line for line in lines if line in map(protocol.left, names)]
+    assert len(joined) == len(left)
+    assert room.present() == ["alice"]
+
+
+def test_fifty_may_vanish_at_once(room: ChatServer) -> None:
+    """Everyone who came is seen leaving, once."""
+    alice = Peer(room.port).join("alice")
+    names = [f"ghost{number}" for number in range(50)]
+    ghosts = [Peer(room.port).join(name) for name in names]
+    alice.send("now")
+    alice.expect_eventually("alice: now")
+    for ghost in ghosts:
+        ghost.vanish()
+    assert sorted(alice.lines(50)) == sorted(map(protocol.left, names))
+    alice.expect_nothing()
+
+
+# --- Faults inside -----------------------------------------------------------
+
+
+def test_a_fault_in_a_round_does_not_end_the_room(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a round that failed people talk, ask, come and leave as before."""
+    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
+    alice.expect("* bob joined the chat")
+    append, faults = room.history.append, [ValueError("a fault of the test")]
+
+    def append_or_raise(lines: list[bytes], bans: object = None) -> None:
+        if faults and lines:
+            raise faults.pop()
+        append(lines)
+
+    monkeypatch.setattr(room.history, "append", append_or_raise)
+    alice.send("maybe lost")
+    wait_until(lambda: "a fault of the test" in caplog.text, "the fault to be logged")
+    alice.send("not lost")
+    alice.expect_eventually("alice: not lost")
+    bob.expect_eventually("alice: not lost")
+    bob.send("/history 1")
+    bob.expect_match("-> .* alice: not lost")
+    bob.send("/quit")
+    bob.expect("-> bye")
+    bob.expect_closed()
+    alice.expect("* bob left the chat")
+
+
+def test_a_fault_in_the_round_in_which_somebody_leaves(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who leaves in a round that fails is gone all the same."""
+    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
+    alice.expect("* bob joined the chat")
+    append, faults = room.history.append, [ValueError("a fault of the test")]
+
+    def append_or_raise(lines: list[bytes], bans: object = None) -> None:
+        if faults and lines:
+            raise faults.pop()
+        append(lines)
+
+    monkeypatch.setattr(room.history, "append", append_or_raise)
+    bob.end_input()
+    wait_until(lambda: "a fault of the test" in caplog.text, "the fault to be logged")
+    alice.send("hello")
+    alice.expect_eventually("alice: hello")
+    bob.rest()
+    wait_until(lambda: len(room._connected) == 1, "bob to be gone")
+
+
+def test_a_fault_with_one_client_keeps_nothing_from_the_others(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When sending to one raises what nobody expected, the others get the line, now."""
+    peers = [Peer(room.port).join(f"peer{number}") for number in range(10)]
+    peers[0].send("ready")
+    for peer in peers:
+        peer.expect_eventually("peer0: ready")
+    send, faults = Connection.send, [ValueError("a fault of the test")]
+
+    def send_or_raise(connection: Connection, data: bytes | memoryview) -> int:
+        if faults and threading.current_thread().name == "broadcaster":
+            raise faults.pop()
+        return send(connection, data)
+
+    monkeypatch.setattr(Connection, "send", send_or_raise)
+    peers[0].send("hello")
+    wait_until(lambda: sum(peer.has("peer0: hello") for peer in peers) >= 9, "nine of ten to hear")
+    assert "a fault of the test" in caplog.text
+
+
+def test_a_fault_with_one_line_costs_one_client(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fault in a client's thread is logged and ends that client, nobody else."""
+    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
+    alice.expect("* bob joined the chat")
+
+    def fail(*_: object) -> None:
+        raise ValueError("a fault of the test")
+
+    monkeypatch.setitem(server_module.COMMANDS, "names", fail)
+    bob.send("/names")
+    alice.expect("* bob left the chat")
+    bob.expect_closed()
+    assert "a fault of the test" in caplog.text
+    alice.send("hello")
+    alice.expect("alice: hello")
+
+
+def test_no_wake_up_is_lost() -> None:
+    """A wake-up that comes while the last one is taken back is not swallowed with it."""
+    with no_leaks():
+        waker = protocol.Waker()
+        try:
+            take = waker._reader
+
+            class Slow:
+                """A reader during whose `recv` somebody else wakes."""
+
+                def recv(self, size: int) -> bytes:
+                    waker.wake()
+                    return take.recv(size)
+
+            waker.wake()
+            waker._reader = Slow()  # type: ignore[assignment]
+            waker.clear()
+            waker._reader = take
+            waker.wake()
+            assert take.recv(1)
+        finally:
+            waker.close()
+
+
+# --- Crowds ------------------------------------------------------------------
+
+
+def test_everyone_sees_one_order(room: ChatServer) -> None:
+    """What twenty say at once comes to all in one order, and that is the history's."""
+    senders = [Peer(room.port).join(f"peer{number}") for number in range(20)]
+    senders[-1].send("ready")
+    for peer in senders:
+        peer.expect_eventually("peer19: ready")
+    transcripts: dict[Peer, list[str]] = {}
+    barrier = threading.Barrier(20)
+
+    def talk(peer: Peer, number: int) -> None:
+        barrier.wait()
+        for line in range(50):
+            peer.send(f"{number}-{line}")
+        transcripts[peer] = peer.lines(1000)
+
+    threads = [
+        threading.Thread(target=talk, args=[peer, number], daemon=True)
+        for number, peer in enumerate(senders)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    history = [text for _, text in room.history.last(1000)]
+    assert len(transcripts) == 20
+    for transcript in transcripts.values():
+        assert transcript == history
+    for number in range(20):
+        own = [line for line in history if line.startswith(f"peer{number}: ")]
+        assert own == [f"peer{number}: {number}-{line}" for line in range(50)]
+
+
+def test_those_who_come_amid_a_flood_miss_nothing(room: ChatServer) -> None:
+    """A newcomer's history and what follows it join without a hole or a line twice."""
+    alice = Peer(room.port).join("alice")
+    start = room.history.first
+    sender = threading.Thread(
+        target=lambda: [alice.send(f"line {number}") for number in range(3000)], daemon=True
+    )
+    sender.start()
+    newcomers = []
+    for number in range(20):
+        newcomers.append(Peer(room.port).introduce(f"peer{number} {start}"))
+        alice.expect_eventually(f"* peer{number} joined the chat")
+    sender.join()
+    alice.send("end")
+    for peer in newcomers:
+        lines = room_lines(peer.lines_until("alice: end"))
+        said = [line for line in lines if line.startswith("alice: line")]
+        assert said == [f"alice: line {number}" for number in range(3000)]
+
+
+def test_of_fifty_that_claim_one_name_one_gets_it(room: ChatServer) -> None:
+    """All claim it at the same moment; one is welcomed, and the others are told it is taken."""
+    peers = [Peer(room.port) for _ in range(50)]
+    for peer in peers:
+        peer.expect("NICK")
+    barrier = threading.Barrier(50)
+    outcomes = []
+
+    def claim(peer: Peer, name: str) -> None:
+        barrier.wait()
+        peer.send(name)
+        outcomes.append(peer.next_line())
+
+    names = ["alice", "Alice", "ALICE", "aLICE", "alicE"]
+    threads = [
+        threading.Thread(target=claim, args=[peer, names[number % 5]], daemon=True)
+        for number, peer in enumerate(peers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    welcomed = [line for line in outcomes if line.startswith("-> Welcome, ")]
+    refused = [line for line in outcomes if line.endswith(" is taken; choose another")]
+    assert (len(welcomed), len(refused)) == (1, 49)
+    assert len(room.present()) == 1
+
+
+def test_of_twenty_that_want_one_new_name_one_gets_it(room: ChatServer) -> None:
+    """/nick is as exclusive as joining, and nobody loses the old name over it."""
+    peers = [Peer(room.port).join(f"peer{number}") for number in range(20)]
+    peers[-1].send("ready")
+    for peer in peers:
+        peer.expect_eventually("peer19: ready")
+    for peer in peers:
+        peer.send("/nick star", "/names")
+    answers = []
+    for peer in peers:
+        while not (line := peer.next_line()).startswith("-> 20 here: "):
+            answers.append(line)
+    assert answers.count("-> you are now star") == 1
+    assert answers.count("-> not sent: the name star is taken; choose another") == 19
+    assert room.present().count("star") == 1
+
+
+def test_twenty_that_change_names_in_circles_stay_apart(room: ChatServer) -> None:
+    """However names move about, each is held by one, and the room's lines tell by whom."""
+    peers = [Peer(room.port).join(f"peer{number}") for number in range(20)]
+    watcher = Peer(room.port).join("watcher")
+    present = {f"peer{number}" for number in range(20)} | {"watcher"}
+    for peer in peers:
+        peer.send(*(f"/nick name{number % 7}" for number in range(30)), "/quit")
+    while present != {"watcher"}:
+        line = watcher.next_line()
+        if " is now " in line:
+            old, new = line.removeprefix("* ").split(" is now ")
+            assert old in present
+            assert new not in present - {old}
+            present = present - {old} | {new}
+        else:
+            present.remove(line.removeprefix("* ").removesuffix(" left the chat"))
+
+
+def test_the_log_is_quiet_about_ordinary_ends(
+    room: ChatServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who vanishes is no fault of the server, and no traceback is logged."""
+    with caplog.at_level(logging.DEBUG, "chat"):
+        for way in Peer.vanish, Peer.close:
+            way(Peer(room.port).join("alice"))
+            wait_until(lambda: not room._connected, "alice to be gone")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -1,0 +1,446 @@
+"""The limits: who gets in, how fast one may speak, and what a slow reader costs the others."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from chat import SMALL, Peer, run_chat, stopping, wait_until
+
+import protocol
+import server as server_module
+from server import ChatServer
+
+# --- Who gets in -------------------------------------------------------------
+
+
+def test_a_full_room_lets_nobody_in() -> None:
+    """One too many is told that the room is full; a place that is left is free again."""
+    with run_chat(max_clients=2) as server:
+        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
+        alice.expect("* bob joined the chat")
+        carol = Peer(server.port).introduce("carol")
+        carol.expect(protocol.ROOM_FULL)
+        carol.expect_closed()
+        alice.expect_nothing()
+        bob.send("/quit")
+        alice.expect("* bob left the chat")
+        Peer(server.port).join("carol")
+        alice.expect("* carol joined the chat")
+
+
+def test_an_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too many from an address is told so; other addresses are let in."""
+    monkeypatch.setattr(server_module, "_is_loopback", lambda host: False)
+    with run_chat(max_per_address=2) as server:
+        alice = Peer(server.port).join("alice")
+        unnamed = Peer(server.port)
+        unnamed.expect("NICK")
+        third = Peer(server.port)
+        third.expect(protocol.ADDRESS_FULL)
+        third.expect_closed()
+        Peer(server.port, source="127.0.0.2").join("bob")
+        alice.expect("* bob joined the chat")
+        for peer in unnamed, third:
+            peer.close()
+        wait_until(lambda: len(server._connected) == 2, "the others to be gone")
+        Peer(server.port).join("carol")
+        alice.expect("* carol joined the chat")
+
+
+def test_loopback_has_no_limit_of_its_own() -> None:
+    """The machine's own users may have as many connections as they like."""
+    with run_chat(max_per_address=1) as server:
+        for number in range(5):
+            Peer(server.port).join(f"peer{number}")
+        Peer(server.port, source="127.9.8.7").join("other")
+
+
+def test_the_oldest_without_a_name_makes_room() -> None:
+    """With too many unnamed connections the oldest is closed; named ones do not count."""
+    with run_chat(max_unnamed=3) as server:
+        alice = Peer(server.port).join("alice")
+        unnamed = [Peer(server.port) for _ in range(5)]
+        for peer in unnamed:
+            peer.expect("NICK")
+        for peer in unnamed[:2]:
+            peer.expect_closed()
+        for number, peer in enumerate(unnamed[2:]):
+            peer.send(f"peer{number}")
+            peer.expect_eventually(f"* peer{number} joined the chat")
+            alice.expect(f"* peer{number} joined the chat")
+
+
+# --- The deadline for the name -----------------------------------------------
+
+
+def drip(peer: Peer, until: Callable[[], bool], byte: bytes = b"x") -> None:
+    """Send a byte again and again until something is true."""
+
+    def dripped() -> bool:
+        try:
+            peer.sock.send(byte)
+        except OSError:
+            return True
+        return until()
+
+    wait_until(dripped, "the drip to be stopped")
+
+
+@pytest.mark.parametrize("start", [b"", b"1\nali"])
+def test_silence_ends_at_the_deadline(start: bytes) -> None:
+    """Who gives no name in time is told so and let go; who has given one stays."""
+    with run_chat(name_deadline=0.5) as server:
+        alice = Peer(server.port).join("alice")
+        silent = Peer(server.port).send_raw(start)
+        lines = silent.rest()
+        assert (lines[0], lines[-1]) == ("NICK", protocol.TOO_LATE)
+        alice.send("still here")
+        alice.expect("alice: still here")
+        silent.close()
+        wait_until(lambda: len(server._connected) == 1, "the silent one to be gone")
+
+
+def test_dripping_bytes_do_not_move_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sends a byte now and then holds a place no longer, nor when it never stops."""
+    monkeypatch.setattr(server_module, "LINGER", 0.3)
+    with run_chat(name_deadline=0.5) as server:
+        peer = Peer(server.port)
+        peer.expect("NICK")
+        drip(peer, lambda: not server._connected)
+        wait_until(lambda: not server._connected, "the place to be free")
+
+
+def test_refused_names_do_not_move_the_deadline() -> None:
+    """There is one deadline for all tries together."""
+    with run_chat(name_deadline=0.5) as server:
+        peer = Peer(server.port)
+        for _ in range(2):
+            peer.introduce("server")
+            peer.expect_match("-> the name .*")
+        peer.expect("NICK", protocol.TOO_LATE)
+        peer.expect_closed()
+
+
+def test_who_never_closes_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who goes on sending after the last word, and never closes, is closed all the same."""
+    monkeypatch.setattr(server_module, "LINGER", 0.3)
+    with run_chat() as server:
+        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
+        alice.expect("* bob joined the chat")
+        alice.send("/quit")
+        alice.expect("-> bye")
+        drip(alice, lambda: False)
+        bob.expect("* alice left the chat")
+        wait_until(lambda: len(server._connected) == 1, "the place to be free")
+
+
+# --- The rate ----------------------------------------------------------------
+
+
+def test_a_flood_is_slowed_down_and_nothing_is_lost() -> None:
+    """All of 200 lines sent at once are broadcast, in order, and others speak in between."""
+    with run_chat(rate_limit=300.0) as server:
+        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
+        alice.expect("* bob joined the chat")
+        alice.send(*(f"line {number}" for number in range(200)))
+        bob.expect(*(f"alice: line {number}" for number in range(20)))
+        bob.send("may I?")
+        lines = bob.lines_until("alice: line 199")
+        assert lines.pop(lines.index("bob: may I?"))
+        assert lines == [f"alice: line {number}" for number in range(20, 200)]
+        assert alice.lines(201)[-1] == "alice: line 199"
+        alice.send("and on")
+        bob.expect("alice: and on")
+
+
+def test_a_burst_passes_at_once() -> None:
+    """Twenty lines pass without a wait, the next ones do not."""
+    with run_chat(rate_limit=0.001) as server:
+        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
+        alice.expect("* bob joined the chat")
+        alice.send(*(f"line {number}" for number in range(30)))
+        bob.expect(*(f"alice: line {number}" for number in range(20)))
+        bob.expect_nothing()
+
+
+def test_commands_and_refusals_count() -> None:
+    """Whatever is sent counts, so that nobody can keep the server busy with questions."""
+    with run_chat(rate_limit=0.001) as server:
+        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
+        alice.expect("* bob joined the chat")
+        alice.send(*["/names", "\x07"] * 10, "said")
+        alice.expect(*["-> 2 here: alice, bob", alice_refusal()] * 10)
+        bob.send("here")
+        alice.expect("bob: here")
+        bob.expect("bob: here")
+        bob.expect_nothing()
+
+
+def alice_refusal() -> str:
+    """Return what answers a line with a control character in it."""
+    return "-> not sent: only printable ASCII characters can be sent here"
+
+
+def test_who_is_slowed_down_can_still_be_stopped() -> None:
+    """A server with a flood waiting stops at once, and so does the flood."""
+    with run_chat(rate_limit=0.001) as server:
+        alice = Peer(server.port).join("alice")
+        alice.send(*(f"line {number}" for number in range(100)))
+        alice.expect(*(f"alice: line {number}" for number in range(20)))
+        with stopping(server):
+            alice.expect(protocol.SHUTTING_DOWN)
+            alice.expect_closed()
+
+
+# --- Slow readers ------------------------------------------------------------
+
+WIDE = "." * 200
+
+
+def talk(speaker: Peer, others: list[Peer], numbers: range) -> None:
+    """Have somebody say numbered lines, and see that who reads gets each of them."""
+    for start in range(numbers.start, numbers.stop, 100):
+        batch = range(start, min(start + 100, numbers.stop))
+        speaker.send(*(f"{number} {WIDE}" for number in batch))
+        for peer in (speaker, *others):
+            peer.expect(*(f"bob: {number} {WIDE}" for number in batch))
+
+
+@contextmanager
+def a_room_with_a_sloth(retained: int) -> Iterator[tuple[ChatServer, Peer, Peer, Peer]]:
+    """Give a room with two who read and one whose buffers are soon full."""
+    with run_chat(shrunken=True) as server:
+        server.history.retained = retained
+        bob, carol = Peer(server.port).join("bob"), Peer(server.port).join("carol")
+        bob.expect("* carol joined the chat")
+        sloth = Peer(server.port, buffer=SMALL).join("sloth")
+        for peer in bob, carol:
+            peer.expect("* sloth joined the chat")
+        yield server, bob, carol, sloth
+
+
+def accounted(lines: list[str], start: int) -> tuple[int, int]:
+    """Check that lines and gaps follow each other without a hole; return the end and the gaps."""
+    gaps = 0
+    for line in lines:
+        if (count := protocol.missed_in(line)) is not None:
+            start, gaps = start + count, gaps + count
+        else:
+            assert line == f"bob: {start} {WIDE}"
+            start += 1
+    return start, gaps
+
+
+def test_who_stops_reading_delays_nobody_and_gets_everything() -> None:
+    """The others talk on; who reads again gets every line that is retained, whole."""
+    with a_room_with_a_sloth(retained=50_000) as (_, bob, carol, sloth):
+        talk(bob, [carol], range(2000))
+        lines = sloth.lines(2000)
+        assert accounted(lines, 0) == (2000, 0)
+        sloth.send("here I am")
+        for peer in bob, carol, sloth:
+            peer.expect("sloth: here I am")
+
+
+def test_who_falls_behind_is_told_how_many_lines_it_missed() -> None:
+    """Lines that are no longer retained are counted, and the count fills the gap exactly."""
+    with a_room_with_a_sloth(retained=300) as (_, bob, carol, sloth):
+        talk(bob, [carol], range(2000))
+        lines = sloth.lines_until(f"bob: 1999 {WIDE}")
+        end, gaps = accounted(lines, 0)
+        assert end == 2000
+        assert gaps >= 1000
+        talk(bob, [carol, sloth], range(2000, 2100))
+        sloth.send("here I am")
+        for peer in bob, carol, sloth:
+            peer.expect("sloth: here I am")
+
+
+def test_a_reader_may_fall_behind_again_and_again() -> None:
+    """Each gap is told where it is."""
+    with a_room_with_a_sloth(retained=200) as (_, bob, carol, sloth):
+        reached = total = 0
+        for start in range(0, 2100, 700):
+            talk(bob, [carol], range(start, start + 700))
+            lines = sloth.lines_until(f"bob: {start + 699} {WIDE}")
+            reached, gaps = accounted(lines, reached)
+            total += gaps
+            assert gaps
+        assert reached == 2100
+        assert total < 2100
+
+
+def test_positions_hold_across_a_gap() -> None:
+    """Who counts the lines and adds what it missed knows the position of the next one."""
+    with a_room_with_a_sloth(retained=300) as (server, bob, carol, sloth):
+        start = server.history.end
+        talk(bob, [carol], range(2000))
+        lines = sloth.lines_until(f"bob: 1999 {WIDE}")
+        position = start + accounted(lines, 0)[0]
+        sloth.send("/quit")
+        sloth.expect("-> bye")
+        bob.expect("* sloth left the chat")
+        back = Peer(server.port).introduce(f"sloth {position}")
+        back.expect_match("-> Welcome, .*")
+        back.expect(f"-> at {position}", "* sloth left the chat", "* sloth joined the chat")
+
+
+def test_private_lines_survive_a_gap() -> None:
+    """What was said to somebody alone comes even when the room's lines around it are gone."""
+    with a_room_with_a_sloth(retained=300) as (_, bob, carol, sloth):
+        talk(bob, [carol], range(1000))
+        bob.send("/msg sloth psst")
+        bob.expect("-> to sloth: psst")
+        talk(bob, [carol], range(1000, 2000))
+        lines = sloth.lines_until(f"bob: 1999 {WIDE}")
+        assert lines.count("[from bob] psst") == 1
+        lines.remove("[from bob] psst")
+        end, gaps = accounted(lines, 0)
+        assert end == 2000
+        assert gaps
+
+
+def test_who_leaves_without_reading_is_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither /quit nor the end of the input waits for a reader that does not read."""
+    monkeypatch.setattr(server_module, "LINGER", 0.3)
+    with a_room_with_a_sloth(retained=50_000) as (server, bob, carol, sloth):
+        talk(bob, [carol], range(1000))
+        sloth.send("/quit")
+        for peer in bob, carol:
+            peer.expect("* sloth left the chat")
+        wait_until(lambda: len(server._connected) == 2, "the place to be free")
+        assert accounted(sloth.lines(10), 0) == (10, 0)
+
+
+SUSPENDED = """
+import socket, sys
+with socket.socket() as sock:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, int(sys.argv[2]))
+    sock.connect(("127.0.0.1", int(sys.argv[1])))
+    sock.sendall(b"sleeper\\n")
+    while data := sock.recv(65536):
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+"""
+
+
+def test_a_suspended_client_delays_nobody_and_is_not_kicked(tmp_path: Path) -> None:
+    """A process that is stopped and goes on finds its place, the lines and what it missed."""
+    output = tmp_path / "output"
+    with run_chat(shrunken=True) as server, output.open("wb") as file:
+        server.history.retained = 300
+        bob, carol = Peer(server.port).join("bob"), Peer(server.port).join("carol")
+        bob.expect("* carol joined the chat")
+        command = [sys.executable, "-c", SUSPENDED, str(server.port), str(SMALL)]
+        with subprocess.Popen(command, stdout=file) as sleeper:
+            try:
+                for peer in bob, carol:
+                    peer.expect("* sleeper joined the chat")
+                wait_until(lambda: b"sleeper joined" in output.read_bytes(), "it to have joined")
+                sleeper.send_signal(signal.SIGSTOP)
+                talk(bob, [carol], range(2000))
+                sleeper.send_signal(signal.SIGCONT)
+                wait_until(lambda: b"bob: 1999 " in output.read_bytes(), "it to catch up")
+                talk(bob, [carol], range(2000, 2001))
+                wait_until(lambda: b"bob: 2000 " in output.read_bytes(), "it to go on")
+                bob.send("/names")
+                bob.expect("-> 3 here: bob, carol, sleeper")
+            finally:
+                sleeper.kill()
+        for peer in bob, carol:
+            peer.expect("* sleeper left the chat")
+        text = output.read_text().partition("* sleeper joined the chat\n")[2]
+        end, gaps = accounted(text.splitlines(), 0)
+        assert end == 2001
+        assert gaps
+
+
+# --- What waits for one client and for the room ------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 900])
+def test_private_lines_wait_in_a_bounded_number(size: int) -> None:
+    """Who does not read has so many lines kept; further ones are refused to who sends them."""
+    with run_chat(shrunken=True) as server:
+        bob = Peer(server.port).join("bob")
+        sloth = Peer(server.port, buffer=SMALL).join("sloth")
+        bob.expect("* sloth joined the chat")
+        # First fill its buffers, or a thousand short lines are in them and not kept.
+        talk(bob, [], range(1000))
+        taken, refused = [], 0
+        for number in range(1500):
+            text = f"{number} {'x' * size}"
+            bob.send(f"/msg sloth {text}")
+            if number % 50 == 49:
+                for line, sent in zip(bob.lines(50), range(number - 49, number + 1), strict=True):
+                    if line == f"-> to sloth: {sent} {'x' * size}":
+                        taken.append(f"[from bob] {sent} {'x' * size}")
+                    else:
+                        assert line == "-> not sent: sloth is not reading; try again later"
+                        refused += 1
+        assert refused
+        kept = min(server_module.OUTBOX_LINES, server_module.OUTBOX_BYTES // len(taken[0]) + 2)
+        assert len(taken) <= kept
+        assert len(taken) >= kept - 30
+        sloth.expect(*(f"bob: {number} {WIDE}" for number in range(1000)), *taken)
+        bob.send("/msg sloth again")
+        bob.expect("-> to sloth: again")
+        sloth.expect("[from bob] again")
+
+
+def test_who_asks_without_reading_is_not_read_from() -> None:
+    """Questions whose answers nobody takes wait with the asker, and are answered in the end."""
+    with run_chat(shrunken=True) as server:
+        bob = Peer(server.port).join("bob")
+        sloth = Peer(server.port, buffer=SMALL).join("sloth")
+        bob.expect("* sloth joined the chat")
+        questions = b"/help\n" * 100_000
+        sent = sloth.send_until_blocked(questions)
+        assert sent < len(questions)
+        bob.send("hello")
+        bob.expect("bob: hello")
+        answers = [line for line in sloth.lines(3_000) if line != "bob: hello"]
+        assert len(set(answers)) == len(server_module.COMMANDS)
+
+
+def test_who_is_not_read_from_can_vanish() -> None:
+    """Somebody who waits for its own answers and then is gone has left."""
+    with run_chat(shrunken=True) as server:
+        bob = Peer(server.port).join("bob")
+        sloth = Peer(server.port, buffer=SMALL).join("sloth")
+        bob.expect("* sloth joined the chat")
+        sloth.send_until_blocked(b"/help\n" * 100_000)
+        sloth.vanish()
+        bob.expect("* sloth left the chat")
+
+
+def test_a_crowded_queue_holds_its_authors_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While no round goes out, authors are not read from; later every line comes, in order."""
+    monkeypatch.setattr(server_module, "MAX_QUEUED", 50)
+    with run_chat(shrunken=True) as server:
+        alice = Peer(server.port, buffer=SMALL).join("alice")
+        append, may_go_on = server.history.append, threading.Event()
+
+        def append_later(lines: list[bytes], bans: object = None) -> None:
+            may_go_on.wait(30)
+            append(lines)
+
+        monkeypatch.setattr(server.history, "append", append_later)
+        texts = [f"{number} {'x' * 500}" for number in range(600)]
+        data = "".join(text + "\n" for text in texts).encode()
+        try:
+            sent = alice.send_until_blocked(data)
+            assert sent < len(data)
+        finally:
+            may_go_on.set()
+        sender = threading.Thread(target=alice.send_raw, args=[data[sent:]])
+        sender.start()
+        alice.expect(*(f"alice: {text}" for text in texts))
+        sender.join()
