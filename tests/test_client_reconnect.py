@@ -1,0 +1,355 @@
+"""A client that loses its connection loses no line, says none twice and sees what it missed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from chat import Peer, no_leaks, room_lines, run_chat, wait_until
+from clients import Shown, chatting, flush
+from proxy import CHUNK, CLOSE, DOWN, GHOST, RESET, STALL, UP, Direction, Fault, How, Proxy
+
+import client
+import server
+from client import ChatClient
+from server import ChatServer
+
+LINES = ["one", "/me nods", "//three", "one"]  # the same twice: a receipt is for one of them
+SAID = ["alice: one", "** alice nods", "alice: /three", "alice: one"]
+AT_ONCE = 8  # conversations
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits long before trying again."""
+    monkeypatch.setattr(client, "RETRY_FIRST", 0.01)
+    monkeypatch.setattr(client, "RETRY_MAX", 0.02)
+    monkeypatch.setattr(server, "ROUND", 0.002)
+
+
+def converse(faults: Iterable[Fault], *, step: int = CHUNK) -> list[dict[Direction, int]]:
+    """Have alice say lines to bob through a proxy; both must see the same conversation."""
+    with ChatServer(port=0, rate_limit=0) as room, Proxy(room.port, faults, step=step) as proxy:
+        bob = Peer(room.port).join("bob")
+        with chatting(proxy.port) as (chat, shown):
+            for line in LINES:
+                chat.send(line)
+            flush(chat)
+            bob.send("over")
+            heard = room_lines(bob.lines_until("bob: over"))
+            shown.wait_for("bob: over")
+            assert chat.failed == 0
+        bob.close()
+    assert [line for line in heard if not line.startswith("* ")] == [*SAID, "bob: over"]
+    assert shown.room[: len(heard) + 1] == ["* bob joined the chat", *heard]
+    return [link.passed for link in proxy.links]
+
+
+def every(faults: Callable[[int], list[Fault]], offsets: Iterable[int]) -> None:
+    """Hold a conversation for each offset; fail with all those that went wrong."""
+
+    def fails(offset: int) -> str:
+        try:
+            converse(faults(offset))
+        except Exception as error:
+            return f"byte {offset}: {error}"
+        return ""
+
+    with no_leaks(), ThreadPoolExecutor(AT_ONCE) as pool:
+        wrong = [failure for failure in pool.map(fails, offsets) if failure]
+    assert not wrong, "\n".join([f"{len(wrong)} went wrong", *wrong[:3]])
+
+
+@pytest.mark.parametrize("how", [CLOSE, RESET])
+@pytest.mark.parametrize("direction", [UP, DOWN])
+def test_cut_at_every_byte(direction: Direction, how: How) -> None:
+    """Wherever a connection ends, each line is said once and the conversation is complete."""
+    with no_leaks():
+        [passed] = converse([])
+    every(lambda offset: [Fault(direction, offset, how)], range(passed[direction]))
+
+
+@pytest.mark.parametrize("direction", [UP, DOWN])
+def test_ghost_at_bytes_all_over(direction: Direction) -> None:
+    """A connection in which the server still believes is taken over and said nothing twice."""
+    with no_leaks():
+        [passed] = converse([])
+    every(lambda offset: [Fault(direction, offset, GHOST)], range(0, passed[direction], 3))
+
+
+def test_cut_again_while_catching_up() -> None:
+    """A second loss, in the midst of hearing what was missed, costs no line either."""
+    with no_leaks():
+        passed = converse([Fault(DOWN, 180, CLOSE)])[1]
+    every(lambda n: [Fault(DOWN, 180, CLOSE), Fault(DOWN, n, CLOSE)], range(passed[DOWN]))
+
+
+def test_single_bytes() -> None:
+    """A conversation that trickles in byte by byte is the same one."""
+    with no_leaks():
+        converse([], step=1)
+
+
+@contextmanager
+def talking(name: str = "alice") -> Iterator[tuple[ChatServer, Proxy, Peer, ChatClient, Shown]]:
+    """Have alice in the room through a proxy, and bob there without one."""
+    with run_chat() as room, Proxy(room.port) as proxy:
+        bob = Peer(room.port).join("bob")
+        with chatting(proxy.port, name) as (chat, shown):
+            bob.expect_eventually(f"* {name} joined the chat")
+            wait_until(lambda: chat.settled)
+            yield room, proxy, bob, chat, shown
+
+
+def lose_what_comes(proxy: Proxy) -> None:
+    """From now on, what is said to the client is lost and what it says still arrives."""
+    [link] = proxy.links
+    link.fault = Fault(DOWN, link.passed[DOWN], STALL)
+
+
+def test_ghost_gives_its_name_back() -> None:
+    """A client takes the place of its half-open connection without a word in the room."""
+    with talking() as (_, proxy, bob, chat, shown):
+        proxy.end(GHOST)
+        shown.wait_for("back after")
+        chat.send("still me")
+        assert bob.next_line() == "alice: still me"
+        assert shown.notices[0] == "connection lost; trying again"
+        assert re.fullmatch(r"back after \d+ s, 0 lines missed", shown.notices[1])
+
+
+def test_stalled_echo_is_no_second_line() -> None:
+    """A line that the room has heard, while its echo was lost, is not said again."""
+    with talking() as (_, proxy, bob, chat, shown):
+        lose_what_comes(proxy)
+        chat.send("heard")
+        bob.expect("alice: heard")
+        chat.send("not heard")
+        proxy.end(GHOST)
+        flush(chat)
+        bob.expect("alice: not heard")
+        chat.send("end")
+        bob.expect("alice: end")
+        shown.wait_for("alice: end")
+        assert shown.room[-3:] == ["alice: heard", "alice: not heard", "alice: end"]
+
+
+def test_lines_typed_while_away_are_said_when_back() -> None:
+    """What is typed without a connection waits, and is said in order and once."""
+    with talking() as (_, proxy, bob, chat, shown):
+        proxy.go_away()
+        shown.wait_for("connection lost")
+        for number in range(50):
+            chat.send(f"line {number}")
+        bob.expect("* alice left the chat")
+        proxy.come_back()
+        flush(chat)
+        bob.expect("* alice joined the chat", *(f"alice: line {n}" for n in range(50)))
+
+
+def test_missed_lines_are_counted_and_shown_once() -> None:
+    """What was missed is announced once, with how many lines it is, and then shown."""
+    with talking() as (_, proxy, bob, _chat, shown):
+        proxy.go_away(GHOST)
+        said = [f"bob: news {number}" for number in range(7)]
+        bob.send(*(line.removeprefix("bob: ") for line in said))
+        bob.expect(*said)
+        shown.wait_for("connection lost")
+        proxy.come_back()
+        shown.wait_for("bob: news 6")
+        bob.send("live")
+        shown.wait_for("bob: live")
+        [notice] = [index for index, text in enumerate(shown.texts) if "back after" in text]
+        assert re.fullmatch(r"-- back after \d+ s, 7 lines missed --", shown.texts[notice])
+        assert shown.texts[notice + 1 :] == [*said, "bob: live"]
+
+
+def test_one_missed_line_is_one_line() -> None:
+    """A single line that was missed is no `1 lines`, and counts with the room's own words."""
+    with talking() as (_, proxy, bob, _chat, shown):
+        proxy.go_away(GHOST)
+        bob.send("/me coughs")
+        bob.expect("** bob coughs")
+        proxy.come_back()
+        shown.wait_for("** bob coughs")
+        assert re.fullmatch(r"back after \d+ s, 1 line missed", shown.notices[-1])
+
+
+def test_command_without_answer_is_shown_not_repeated() -> None:
+    """A private line whose answer was lost is shown again to its author and not sent again."""
+    with talking() as (_, proxy, bob, chat, shown):
+        lose_what_comes(proxy)
+        chat.send("/msg bob psst")
+        bob.expect("[from alice] psst")
+        proxy.end(GHOST)
+        shown.wait_for("no answer came to: /msg bob psst")
+        chat.send("and on")
+        bob.expect("alice: and on")
+        flush(chat)
+
+
+def test_restarted_server_without_memory() -> None:
+    """Where nobody can know what was heard, the client says so, shows it and does not repeat it."""
+    with talking() as (_, proxy, bob, chat, shown), ChatServer(port=0) as reborn:
+        lose_what_comes(proxy)
+        chat.send("heard")
+        bob.expect("alice: heard")
+        chat.send("lost")
+        wait_until(lambda: proxy.links[0].dead)
+        proxy.server = reborn.port
+        proxy.go_away()
+        shown.wait_for("connection lost")
+        chat.send("typed while away")
+        proxy.come_back()
+        shown.wait_for("cannot know whether this was seen, not sent again: heard")
+        shown.wait_for("cannot know whether this was seen, not sent again: lost")
+        flush(chat)
+        bob = Peer(reborn.port).join("bob")
+        chat.send("end")
+        bob.expect("alice: end")
+        shown.wait_for("alice: end")
+        assert chat.failed == 2
+        assert [line for line in shown.room if line.startswith("alice")] == [
+            "alice: typed while away",
+            "alice: end",
+        ]
+
+
+def test_restarted_server_and_another_loss() -> None:
+    """That nobody can know is not forgotten when the connection to the new server breaks too."""
+    for offset in range(40, 140, 5):
+        with talking() as (_, proxy, bob, chat, shown), ChatServer(port=0) as reborn:
+            lose_what_comes(proxy)
+            chat.send("heard")
+            bob.expect("alice: heard")
+            proxy.server = reborn.port
+            proxy.plan(Fault(DOWN, offset, CLOSE))
+            proxy.end(CLOSE)
+            shown.wait_for("cannot know whether this was seen, not sent again: heard")
+            chat.send("end")
+            shown.wait_for("alice: end")
+            assert "alice: heard" not in shown.room
+
+
+def test_more_was_missed_than_the_room_keeps() -> None:
+    """When the history no longer reaches back, nothing that may have been heard is repeated."""
+    with talking() as (room, proxy, bob, chat, shown):
+        lose_what_comes(proxy)
+        chat.send("heard")
+        bob.expect("alice: heard")
+        proxy.go_away(GHOST)
+        room.history.retained = 5
+        bob.send(*(f"news {number}" for number in range(10)))
+        bob.lines_until("bob: news 9")
+        proxy.come_back()
+        shown.wait_for("cannot know whether this was seen, not sent again: heard")
+        chat.send("end")
+        bob.expect("alice: end")
+        shown.wait_for("alice: end")
+        assert shown.room[-6:] == [
+            *(f"bob: news {number}" for number in range(5, 10)),
+            "alice: end",
+        ]
+
+
+@pytest.mark.parametrize("how", [CLOSE, GHOST])
+@pytest.mark.parametrize("direction", [UP, DOWN])
+def test_new_name_cut_at_every_byte(direction: Direction, how: How) -> None:
+    """Whatever a cut leaves of a change of name, the lines around it are said once and in order."""
+
+    def rename(fault: Fault | None) -> dict[Direction, int]:
+        with ChatServer(port=0, rate_limit=0) as room, Proxy(room.port) as proxy:
+            bob = Peer(room.port).join("bob")
+            with chatting(proxy.port) as (chat, shown):
+                wait_until(lambda: chat.settled)
+                link = proxy.links[0]
+                before = dict(link.passed)
+                if fault:
+                    link.fault = Fault(direction, before[direction] + fault.after, fault.how)
+                for line in ("before", "/nick rob", "after"):
+                    chat.send(line)
+                flush(chat)
+                passed = {way: link.passed[way] - before[way] for way in Direction}
+                bob.send("over")
+                heard = room_lines(bob.lines_until("bob: over"))
+                shown.wait_for("bob: over")
+                assert "rob" in chat.name or "no answer came to: /nick rob" in shown.notices
+                assert chat.failed == 0
+            bob.close()
+        assert shown.room[: len(heard) + 1] == ["* bob joined the chat", *heard]
+        said = [line.partition(": ") for line in heard if not line.startswith("*")]
+        assert [text for _, _, text in said] == ["before", "after", "over"]
+        assert {name for name, _, _ in said} <= {"alice", "rob", "bob"}
+        return passed
+
+    def fails(offset: int) -> str:
+        try:
+            rename(Fault(direction, offset, how))
+        except Exception as error:
+            return f"byte {offset}: {error}"
+        return ""
+
+    with no_leaks(), ThreadPoolExecutor(AT_ONCE) as pool:
+        passed = rename(None)
+        wrong = [failure for failure in pool.map(fails, range(passed[direction])) if failure]
+    assert not wrong, "\n".join([f"{len(wrong)} went wrong", *wrong[:3]])
+
+
+def test_name_taken_meanwhile() -> None:
+    """Somebody else has the name: the client says so once, and comes in when it is free again."""
+    with talking() as (room, proxy, bob, chat, shown):
+        proxy.go_away()
+        bob.expect("* alice left the chat")
+        thief = Peer(room.port).join("alice")
+        chat.send("mine")
+        proxy.come_back()
+        shown.wait_for("the name alice is taken; choose another with /nick")
+        proxy.wait_for(lambda: len(proxy.links) > 3)  # it goes on trying
+        thief.close()
+        flush(chat)
+        bob.expect("* alice joined the chat", "* alice left the chat")
+        bob.expect("* alice joined the chat", "alice: mine")
+        taken = [notice for notice in shown.notices if "taken" in notice]
+        assert taken == ["the name alice is taken; choose another with /nick"]
+
+
+def test_another_name_to_come_back_with() -> None:
+    """A `/nick` while away is the name to come back with; nothing was said twice for it."""
+    with talking() as (room, proxy, bob, chat, shown):
+        lose_what_comes(proxy)
+        chat.send("heard")
+        bob.expect("alice: heard")
+        wait_until(lambda: proxy.links[0].dead)
+        proxy.go_away()
+        bob.expect("* alice left the chat")
+        Peer(room.port).join("alice")
+        shown.wait_for("connection lost")
+        chat.send("/nick rob")
+        chat.send("after")
+        proxy.come_back()
+        flush(chat)
+        bob.expect("* alice joined the chat", "* rob joined the chat", "rob: after")
+        assert chat.name == "rob"
+
+
+def test_long_answer_is_the_answer_to_one_command() -> None:
+    """The many lines that answer `/help` are no answer to the commands behind it."""
+    with run_chat() as room, Proxy(room.port, step=1) as proxy:
+        bob = Peer(room.port).join("bob")
+        with chatting(proxy.port) as (chat, _):
+            for line in ("/help", "/nick rob", "hello"):
+                chat.send(line)
+            flush(chat)
+            bob.expect("* alice joined the chat", "* alice is now rob", "rob: hello")
+
+
+def test_leaving_while_away() -> None:
+    """Who leaves without a connection leaves at once, and is told what was not said."""
+    with talking() as (_, proxy, _bob, chat, shown):
+        proxy.go_away()
+        shown.wait_for("connection lost")
+        chat.send("unsaid")
+        assert chat.leave() == ["unsaid"]

@@ -1,0 +1,600 @@
+"""The client on a terminal of both kinds: what stands on the screen, and what is left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import socket
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import pytest
+from chat import DEADLINE, Peer, no_leaks, run_chat
+from clients import ROOT, environment, greet, pretended, read_to_end
+from proxy import GHOST, Proxy
+from terminal import Screen, Terminal
+
+pytest.importorskip("readline")
+
+UP, LEFT, CTRL_A, CTRL_C, CTRL_D, CTRL_E = "\x1b[A", "\x1b[D", "\x01", "\x03", "\x04", "\x05"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Threads and descriptors are back to where they were after each test."""
+    with no_leaks():
+        yield
+
+
+class Open(Protocol):
+    """Opens a client on a terminal."""
+
+    def __call__(
+        self, port: int, *options: str, rows: int = ..., columns: int = ..., **env: str
+    ) -> Terminal:
+        """Open one; without options it is alice's."""
+
+
+@pytest.fixture(params=["prompt_toolkit", "readline"])
+def opened(request: pytest.FixtureRequest) -> Open:
+    """Open clients with prompt_toolkit, or without any package that is installed."""
+    if request.param == "prompt_toolkit" and not importlib.util.find_spec("prompt_toolkit"):
+        pytest.skip("prompt_toolkit is not installed")
+    bare = ["-S"] if request.param == "readline" else []
+
+    def open_one(
+        port: int, *options: str, rows: int = 14, columns: int = 60, **env: str
+    ) -> Terminal:
+        command = [sys.executable, *bare, str(ROOT / "client.py"), "--port", str(port)]
+        return Terminal(
+            [*command, *(options or ("--name", "alice"))],
+            rows,
+            columns,
+            env=environment(INPUTRC=os.devnull, **env),
+        )
+
+    return open_one
+
+
+def assert_sane(terminal: Terminal) -> None:
+    """See that a shell could go on in the terminal."""
+    wanted = termios.ECHO | termios.ICANON | termios.ISIG
+    assert terminal.termios()[3] & wanted == wanted, "the terminal is left raw"
+    assert terminal.screen.cursor_visible
+    assert not terminal.screen.bracketed_paste
+
+
+def prompts(typed: str, columns: int = 60, cursor: int | None = None) -> Prompts:
+    """Return a condition: the prompt stands there with a half-typed text, and the cursor in it."""
+    return Prompts("alice> " + typed, columns, cursor)
+
+
+class Prompts:
+    """The condition that a prompt stands on the screen, wrapped as it has to be, once."""
+
+    def __init__(self, text: str, columns: int, cursor: int | None) -> None:
+        self.rows = [text[at : at + columns] for at in range(0, len(text), columns)]
+        place = len(text) if cursor is None else len("alice> ") + cursor
+        self.cursor = divmod(place, columns)
+
+    def __call__(self, screen: Screen) -> bool:
+        """Tell whether it holds."""
+        starts = [row for row, line in enumerate(screen.lines) if line.startswith("alice>")]
+        if len(starts) != 1:
+            return False
+        [start] = starts
+        found = screen.lines[start : start + len(self.rows)]
+        place = (screen.cursor[0] - start, screen.cursor[1])
+        return found == [row.rstrip() for row in self.rows] and place == self.cursor
+
+    def __repr__(self) -> str:
+        return f"a prompt {self.rows} with the cursor at {self.cursor}"
+
+
+def enter(terminal: Terminal, peer: Peer) -> None:
+    """Wait until alice is in the room and can type."""
+    peer.expect_eventually("* alice joined the chat")
+    terminal.wait_for("* alice joined the chat")
+    terminal.wait_for(prompts("", terminal.screen.columns))
+
+
+# --- Coming and going ---------------------------------------------------------
+
+
+def test_asks_for_the_name(opened: Open) -> None:
+    """Without --name it asks for one, joins with it, and /quit leaves everything in order."""
+    with run_chat() as server, opened(server.port, "--no-bell") as terminal:
+        terminal.wait_for("Your name: ")
+        terminal.type("alice\r")
+        terminal.wait_for("-> Welcome, alice! You are the first one here")
+        terminal.wait_for(prompts(""))
+        terminal.type("/quit\r")
+        assert terminal.wait() == 0
+        assert terminal.screen.shows("-> bye")
+        assert_sane(terminal)
+        assert terminal.screen.unsupported == []
+
+
+def asked(times: int) -> Callable[[Screen], bool]:
+    """Return a condition: the name was asked for so many times."""
+    return lambda screen: screen.text().count("Your name:") == times
+
+
+def test_name_is_asked_for_again(opened: Open) -> None:
+    """A malformed, reserved or taken name is asked for again, with the reason."""
+    with run_chat() as server, opened(server.port, "--no-bell") as terminal:
+        bob = Peer(server.port).join("bob")
+        for count, (name, reason) in enumerate(
+            [("9", "begins with a letter"), ("Server", "reserved"), ("bob", "bob is taken")]
+        ):
+            terminal.wait_for(asked(count + 1))
+            terminal.type(f"{name}\r")
+            terminal.wait_for(reason)
+        terminal.wait_for(asked(4))
+        terminal.type("alice\r")
+        enter(terminal, bob)
+
+
+@pytest.mark.parametrize("keys", [CTRL_C, CTRL_D, "/quit\r", "/QUIT\r", "/quit now\r"], ids=repr)
+def test_keys_that_leave(opened: Open, keys: str) -> None:
+    """Ctrl-C and Ctrl-D on an empty line, and /quit, leave the room and a sane terminal."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.type(keys)
+        assert terminal.wait() == 0
+        bob.expect("* alice left the chat")
+        assert_sane(terminal)
+        assert terminal.screen.cursor[1] == 0
+        assert "Traceback" not in terminal.screen.text()
+
+
+@pytest.mark.parametrize("keys", [CTRL_C, CTRL_D], ids=repr)
+def test_keys_that_leave_while_asked(opened: Open, keys: str) -> None:
+    """Who does not want to give a name can leave too."""
+    with run_chat() as server, opened(server.port, "--no-bell") as terminal:
+        terminal.wait_for("Your name: ")
+        terminal.type(keys)
+        assert terminal.wait() in (0, 1)
+        assert_sane(terminal)
+        assert "Traceback" not in terminal.screen.text()
+
+
+def test_ctrl_c_clears_a_line(opened: Open) -> None:
+    """Ctrl-C on a half-typed line throws it away and stays."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.type("never mind")
+        terminal.wait_for(prompts("never mind"))
+        terminal.type(CTRL_C)
+        terminal.wait_for(prompts(""))
+        terminal.type("hello\r")
+        bob.expect("alice: hello")
+        assert "never mind" not in terminal.screen.text()
+
+
+def test_killed(opened: Open) -> None:
+    """SIGTERM on a half-typed line leaves the room and a sane terminal."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.type("half a line")
+        terminal.wait_for(prompts("half a line"))
+        terminal.signal(signal.SIGTERM)
+        assert terminal.wait() == 0
+        bob.expect("* alice left the chat")
+        assert_sane(terminal)
+        assert "Traceback" not in terminal.screen.text()
+
+
+def test_window_closed(opened: Open) -> None:
+    """Closing the window ends the program, and the room sees it leave."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.hang_up()
+        bob.expect("* alice left the chat")
+        terminal.wait()
+
+
+# --- Typing while others talk -------------------------------------------------
+
+
+def test_half_a_line_stays_whole(opened: Open) -> None:
+    """What is half typed stands below what comes, once, with the cursor where it was."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.type("half a line")
+        terminal.wait_for(prompts("half a line"))
+        bob.send(*(f"news {number}." for number in range(40)))
+        terminal.wait_for("news 39.")
+        terminal.wait_for(prompts("half a line"))
+        terminal.type(LEFT * 5)
+        terminal.wait_for(prompts("half a line", cursor=6))
+        bob.send("more news")
+        terminal.wait_for("more news")
+        terminal.wait_for(prompts("half a line", cursor=6))
+        text = terminal.screen.text()
+        assert text.count("half") == 1
+        shown = re.findall(r"^bob: (news \d+\.)$", text, re.MULTILINE)
+        assert shown == [f"news {number}." for number in range(40)]
+        terminal.type("\x7fX\r")
+        bob.expect_eventually("alice: half X line")
+        assert terminal.screen.unsupported == []
+
+
+def test_half_a_line_over_several_rows(opened: Open) -> None:
+    """A half-typed line that wraps stays whole, also with the cursor in it and when resized."""
+    half = "".join(f"{number:02} word " for number in range(14))
+    with run_chat() as server, opened(server.port, columns=40) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.type(half + "x")
+        terminal.wait_for(prompts(half + "x", 40))
+        bob.send(*(f"news {number}." for number in range(5)))
+        terminal.wait_for("news 4.")
+        terminal.wait_for(prompts(half + "x", 40))
+        terminal.type(LEFT * 50)
+        at = len(half) + 1 - 50
+        terminal.wait_for(prompts(half + "x", 40, at))
+        bob.send("more news")
+        terminal.wait_for("more news")
+        terminal.wait_for(prompts(half + "x", 40, at))
+        assert terminal.screen.text().count("05 word") == 1
+        assert terminal.screen.text().count("news 3.") == 1
+        terminal.type("Y\r")
+        bob.expect_eventually(f"alice: {half[:at]}Y{half[at:]}x")
+        terminal.wait_for(prompts("", 40))
+
+
+def test_half_a_line_when_the_window_is_resized(opened: Open) -> None:
+    """After a resize what is half typed stands whole below what comes, and is sent whole."""
+    with run_chat() as server, opened(server.port, columns=40) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.type("a line that is half typed")
+        terminal.wait_for(prompts("a line that is half typed", 40))
+        for rows, columns in ((16, 70), (12, 36)):
+            terminal.resize(rows, columns)
+            terminal.settle()
+            bob.send(f"seen at {columns}")
+            terminal.wait_for(f"bob: seen at {columns}")
+            terminal.wait_for(prompts("a line that is half typed", columns))
+        terminal.type("!\r")
+        bob.expect_eventually("alice: a line that is half typed!")
+
+
+def test_keys_typed_while_lines_pour_in(opened: Open) -> None:
+    """No key is lost or doubled while hundreds of lines arrive, and no line is."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        words = [f"w{number}" for number in range(30)]
+        for number, word in enumerate(words):
+            bob.send(*(f"news {number}-{part}." for part in range(10)))
+            terminal.type(word)
+        terminal.type("\r")
+        bob.expect_eventually("alice: " + "".join(words))
+        terminal.wait_for("news 29-9.")
+        terminal.wait_for(lambda screen: "alice: w0w1w2" in screen.text())
+        terminal.wait_for(prompts(""))
+        shown = re.findall(r"^bob: news (\d+-\d+)\.$", terminal.screen.text(), re.MULTILINE)
+        assert shown == [f"{number}-{part}" for number in range(30) for part in range(10)]
+        assert terminal.screen.unsupported == []
+
+
+def test_sent_line_stands_once_and_comes_back_with_up(opened: Open) -> None:
+    """What was sent stands on the screen as the room said it, once, and Up recalls it."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        for text in ("hello", "x" * 100):
+            terminal.type(f"{text}\r")
+            bob.expect(f"alice: {text}")
+            terminal.wait_for("alice: " + text[:40])
+            terminal.wait_for(prompts(""))
+            assert terminal.screen.text().replace("\n", "").count(text) == 1
+            assert "alice> " + text[:5] not in terminal.screen.text()
+        terminal.type(UP + UP)
+        terminal.wait_for(prompts("hello"))
+        terminal.type("!\r")
+        bob.expect("alice: hello!")
+
+
+def complete(terminal: Terminal, typed: str, wanted: str) -> None:
+    """Type the start of a word and have Tab complete it, the first that it offers."""
+    terminal.type(typed + "\t")
+    stem = typed.rpartition(" ")[0]
+    done = f"alice> {stem} {wanted}" if stem else f"alice> {wanted}"
+    menu = re.compile(rf"^alice> {re.escape(typed)}\n +\S+", re.MULTILINE)
+    terminal.wait_for(lambda screen: done in screen.lines or bool(menu.search(screen.text())))
+    if done not in terminal.screen.lines:  # a menu: the next Tab takes its first line
+        terminal.type("\t")
+        terminal.wait_for(lambda screen: done in screen.lines)
+
+
+def test_tab_completes(opened: Open) -> None:
+    """Tab completes commands, and names: who spoke last comes first, oneself never."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bea, bob = Peer(server.port).join("bea"), Peer(server.port).join("bob")
+        enter(terminal, bob)
+        complete(terminal, "/hel", "/help")
+        terminal.type("\x15")
+        terminal.wait_for(prompts(""))
+        for peer, name in ((bea, "bea"), (bob, "bob"), (bea, "bea")):
+            peer.send("me")
+            bob.expect_eventually(f"{name}: me")
+            terminal.wait_for(f"{name}: me")
+            terminal.wait_for(prompts(""))
+            complete(terminal, "b", f"{name}:")
+            terminal.type("hi\r")
+            bob.expect(f"alice: {name}: hi")
+            terminal.wait_for(prompts(""))
+        complete(terminal, "/msg be", "bea")
+        terminal.type("psst\r")
+        bea.expect_eventually("[from alice] psst")
+
+
+def test_tab_knows_who_spoke_before(opened: Open) -> None:
+    """To a newcomer, who spoke last in what it was shown comes first."""
+    with run_chat() as server:
+        ben, bea = Peer(server.port).join("ben"), Peer(server.port).join("bea")
+        ben.send("first")
+        bea.expect_eventually("ben: first")
+        bea.send("last")
+        bea.expect("bea: last")
+        with opened(server.port) as terminal:
+            enter(terminal, bea)
+            complete(terminal, "be", "bea:")
+
+
+def test_paste_of_several_lines(opened: Open) -> None:
+    """Pasted lines are said as so many lines, once each, and leave the screen in order."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.paste("one\ntwo two\nthree")
+        terminal.wait_for("three")
+        terminal.type("\r")
+        bob.expect("alice: one", "alice: two two", "alice: three")
+        terminal.wait_for("alice: three")
+        terminal.wait_for(prompts(""))
+        shown = [line for line in terminal.screen.text().split("\n") if "alice" in line][-4:]
+        assert shown[:3] == ["alice: one", "alice: two two", "alice: three"]
+        for text in ("one", "two two", "three"):
+            assert len(re.findall(rf"\b{text}$", terminal.screen.text(), re.MULTILINE)) == 1
+        assert terminal.screen.unsupported == []
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [("grüße", "ASCII"), ("x" * 1000, "at most 997 bytes")],
+    ids=["format", "length"],
+)
+def test_line_that_cannot_be_sent_comes_back(opened: Open, line: str, reason: str) -> None:
+    """What the room cannot carry stands in the prompt again, with the reason above it."""
+    with run_chat() as server, opened(server.port, rows=40, columns=80) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.type(f"{line}\r")
+        terminal.wait_for(reason)
+        terminal.wait_for(prompts(line, 80))
+        terminal.type("\x7f" * 5 + "ok\r")
+        if line == "grüße":
+            bob.expect("alice: ok")
+            terminal.wait_for(prompts("", 80))
+            return
+        bob.expect("alice: " + "x" * 995 + "ok")
+
+
+def test_line_that_the_server_refuses_comes_back(opened: Open) -> None:
+    """What the server refuses is told, and stands in the next prompt."""
+    waiting = threading.Event()
+
+    def refuse(sock: socket.socket) -> None:
+        greet(sock, b"* bob joined the chat\n")
+        while b"hello" not in sock.recv(4096):
+            pass
+        assert waiting.wait(DEADLINE)
+        sock.sendall(b"-> not sent: this room is read-only\n")
+        read_to_end(sock)
+
+    with pretended(refuse) as port, opened(port) as terminal:
+        terminal.wait_for("* bob joined the chat")
+        terminal.wait_for(prompts(""))
+        terminal.type("hello\r")
+        terminal.wait_for(prompts(""))
+        waiting.set()
+        terminal.wait_for("not sent: this room is read-only")
+        terminal.wait_for("the last line was not sent")
+        terminal.wait_for(prompts(""))
+        terminal.type("\r")
+        terminal.wait_for(prompts("hello"))
+        terminal.type(CTRL_C)
+        terminal.wait_for(prompts(""))
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+
+
+def test_prompt_stands_once(opened: Open) -> None:
+    """A line that comes at the moment when a prompt appears leaves one prompt, not two."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        for number in range(40):
+            terminal.type("\r")
+            bob.send(f"at once {number}", f"and again {number}")
+            terminal.wait_for(f"bob: and again {number}")
+            terminal.wait_for(prompts(""))
+        assert "alice> alice>" not in terminal.screen.text()
+
+
+def test_suspended_terminal_goes_on(opened: Open) -> None:
+    """Stopped and continued, it shows what came meanwhile and keeps what was half typed."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.type("half")
+        terminal.wait_for(prompts("half"))
+        terminal.signal(signal.SIGSTOP)
+        bob.send("are you there?")
+        bob.expect("bob: are you there?")
+        terminal.signal(signal.SIGCONT)
+        terminal.wait_for("bob: are you there?")
+        terminal.wait_for(prompts("half"))
+
+
+# --- How it looks --------------------------------------------------------------
+
+
+def test_names_have_colours(opened: Open) -> None:
+    """A name keeps its colour; a mention and a private line stand out, and ring."""
+    with run_chat() as server, opened(server.port, rows=20) as terminal:
+        bob, carol = Peer(server.port).join("bob"), Peer(server.port).join("carol")
+        enter(terminal, carol)
+        bob.send("plain words")
+        terminal.wait_for("bob: plain words")
+        bob.send("/me acts")
+        terminal.wait_for("** bob acts")
+        terminal.settle()
+        colour = terminal.screen.style_of("bob: plain words")
+        assert colour.startswith("38;5;")
+        assert terminal.screen.style_of("bob acts") == colour
+        assert terminal.screen.style_of("plain words") == ""
+        carol.send("malice is no mention")
+        terminal.wait_for("carol: malice")
+        assert terminal.screen.style_of("carol: malice") not in ("", colour)
+        assert terminal.screen.bells == 0
+        carol.send("look, ALICE!")
+        terminal.wait_for("carol: look, ALICE!")
+        terminal.wait_for(lambda screen: screen.bells == 1)
+        assert terminal.screen.style_of("ALICE!") == "1;7"
+        carol.send("/msg alice psst")
+        terminal.wait_for("[from carol] psst")
+        terminal.wait_for(lambda screen: screen.bells == 2)
+        assert terminal.screen.style_of("[from carol]") == "1;35"
+        terminal.type("I am alice\r")
+        terminal.wait_for("alice: I am alice")
+        terminal.settle()
+        assert terminal.screen.style_of("alice: I am") == "1"
+        assert terminal.screen.bells == 2
+        assert terminal.screen.unsupported == []
+
+
+@pytest.mark.parametrize("how", ["--no-color", "NO_COLOR"])
+def test_no_colour(opened: Open, how: str) -> None:
+    """--no-color and the variable NO_COLOR leave all as plain text, and the bell."""
+    options = ("--name", "alice", *(["--no-color"] if how == "--no-color" else []))
+    unset = "1" if how == "NO_COLOR" else ""
+    with run_chat() as server, opened(server.port, *options, NO_COLOR=unset) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        bob.send("look, alice")
+        terminal.wait_for("bob: look, alice")
+        terminal.wait_for(lambda screen: screen.bells == 1)
+        assert [terminal.screen.style_of(text) for text in ("bob: look", "alice")] == ["", ""]
+
+
+def test_timestamps_and_no_bell(opened: Open) -> None:
+    """--timestamps puts the time before each line; --no-bell keeps quiet."""
+    with (
+        run_chat() as server,
+        opened(server.port, "--name", "alice", "--timestamps", "--no-bell") as terminal,
+    ):
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        bob.send("look, alice", "/msg alice psst", "end")
+        terminal.wait_for("bob: end")
+        terminal.settle()
+        text = terminal.screen.text()
+        assert re.search(r"^\d\d:\d\d bob: look, alice$", text, re.MULTILINE)
+        assert re.search(r"^\d\d:\d\d \[from bob\] psst$", text, re.MULTILINE)
+        assert terminal.screen.bells == 0
+
+
+def test_old_mentions_are_quiet(opened: Open) -> None:
+    """What was said before one came rings no bell."""
+    with run_chat() as server:
+        bob = Peer(server.port).join("bob")
+        bob.send("where is alice?")
+        bob.expect("bob: where is alice?")
+        with opened(server.port) as terminal:
+            enter(terminal, bob)
+            terminal.wait_for("bob: where is alice?")
+            terminal.settle()
+            assert terminal.screen.bells == 0
+
+
+def test_hostile_server_moves_nothing(opened: Open) -> None:
+    """Escape sequences from a server stand there as text: nothing is cleared, titled or rung."""
+
+    def talk(sock: socket.socket) -> None:
+        greet(
+            sock,
+            b"mallory: \x1b[2J\x1b[H\x1b]0;owned\x07\n",
+            b"[from mallory] \x9b2J\x08\x08\x0d\x0b\n",
+            b"* \x1b[?1049h\n",
+            b"mallory: end\n",
+        )
+        read_to_end(sock)
+
+    with pretended(talk) as port, opened(port, "--name", "alice", "--no-bell") as terminal:
+        terminal.wait_for("mallory: end")
+        terminal.wait_for(prompts(""))
+        assert terminal.screen.shows(r"mallory: \x1b[2J\x1b[H\x1b]0;owned\x07")
+        assert terminal.screen.shows(r"[from mallory] \x9b2J\x08\x08\r\x0b")
+        assert terminal.screen.shows(r"* \x1b[?1049h")
+        assert terminal.screen.shows("-> Welcome, alice!")
+        assert (terminal.screen.bells, terminal.screen.unsupported) == (0, [])
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+
+
+def test_connection_lost_and_back(opened: Open) -> None:
+    """The user sees that the connection is lost, goes on typing, and sees what was missed."""
+    with (
+        run_chat() as server,
+        Proxy(server.port) as proxy,
+        opened(proxy.port) as terminal,
+    ):
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.type("half")
+        terminal.wait_for(prompts("half"))
+        proxy.go_away(GHOST)
+        terminal.wait_for("-- connection lost; trying again --")
+        terminal.wait_for(prompts("half"))
+        bob.send("missed this")
+        bob.expect("bob: missed this")
+        terminal.type(" a line\r")
+        terminal.wait_for("to be sent when we are back: half a line")
+        proxy.come_back()
+        bob.expect("alice: half a line")
+        terminal.wait_for("alice: half a line")
+        text = terminal.screen.text()
+        assert re.search(r"-- back after \d+ s, 1 line missed --\nbob: missed this\n", text)
+        assert text.count("alice: half a line") == 1
+        terminal.wait_for(prompts(""))
+
+
+def test_status_line() -> None:
+    """With prompt_toolkit a status line tells name, address and the state of the connection."""
+    pytest.importorskip("prompt_toolkit")
+    command = [sys.executable, str(ROOT / "client.py"), "--name", "alice", "--port"]
+    with (
+        run_chat() as server,
+        Proxy(server.port) as proxy,
+        Terminal([*command, str(proxy.port)], 14, 60, env=environment()) as terminal,
+    ):
+        terminal.wait_for(f"alice on 127.0.0.1:{proxy.port}, connected")
+        proxy.go_away()
+        terminal.wait_for(f"alice on 127.0.0.1:{proxy.port}, next try in")
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
