@@ -785,8 +785,11 @@ class Room:
             bans = self.bans if self._bans_changed else None
             self._bans_changed = False
         try:
+            position = self.history.end
             lines = self._place_all(entries, bans)
-            self._due.update(writable, (c for c in self.clients if lines and not c.watched))
+            if position < self.history.end:
+                self._serve_all(position)
+            self._due.update(writable)
             while self._due:
                 self._serve(self._due.pop())
             self._log_said(lines)
@@ -863,6 +866,29 @@ class Room:
             client.until = position
         if not client.watched or client.until is not None:
             self._due.add(client)
+
+    def _serve_all(self, position: int) -> None:
+        """Send the lines from `position` on to all who have everything before them.
+
+        That is nearly everyone, so it is done in as few steps as possible; whoever
+        needs more is left to `_serve`.
+        """
+        data, end = self.history.read(position, self.history.end)
+        size, is_all = len(data), end == self.history.end
+        for client in self.clients:
+            has_all = client.position == position and not client.data and not client.outbox
+            if has_all and client.until is None:
+                client.position = end
+                try:
+                    sent = client.connection.send(data)
+                except Exception:
+                    sent = 0  # `_serve` meets it again, and deals with it
+                if sent == size and is_all:
+                    continue
+                if sent < size:
+                    client.data, client.sent = data, sent
+            if not client.watched:
+                self._due.add(client)
 
     def _serve(self, client: Client) -> None:
         """Give a client all that follows its cursor, as far as its socket takes it."""
