@@ -382,8 +382,7 @@ _FORMS = {
     Kind.UNKNOWN: "{text}",
 }
 _LINE = re.compile(
-    rf"(?P<said>{_NAME}): (?P<said_text>.*)"
-    rf"|\*\* (?P<did>{_NAME}) (?P<did_text>.*)"
+    rf"\*\* (?P<did>{_NAME}) (?P<did_text>.*)"
     rf"|\[from (?P<private>{_NAME})\] (?P<private_text>.*)"
     r"|\* (?P<notice_text>.*)"
     r"|-> (?P<answer_text>.*)",
@@ -395,12 +394,21 @@ def parse(line: str) -> Line:
     """Tell what a line from the server is; the inverse of ``str(line)``."""
     if line == "NICK" or line == "PASS":
         return Line(Kind(line.lower()), "", "")
+    kind, name, text = parts(line)
+    return Line(Kind(kind), name, text)
+
+
+def parts(line: str) -> tuple[str, str, str]:
+    """Return the value of a line's kind, its name and its text: what the history stores."""
+    name, colon, text = line.partition(": ")
+    if colon and _NAME_ALONE.fullmatch(name):
+        return "said", name, text
     match = _LINE.fullmatch(line)
     if match is None or match.lastgroup is None:
-        return Line(Kind.UNKNOWN, "", line)
-    kind = Kind(match.lastgroup.removesuffix("_text"))
-    name = match[kind.value] if kind.value in match.groupdict() else ""
-    return Line(kind, name, match[match.lastgroup])
+        return "unknown", "", line
+    kind = match.lastgroup.removesuffix("_text")
+    name = match[kind] if kind in match.groupdict() else ""
+    return kind, name, match[match.lastgroup]
 
 
 def said(name: str, text: str) -> str:

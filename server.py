@@ -347,8 +347,7 @@ class FileHistory(History):
     def _rows(self, lines: list[bytes]) -> Iterator[tuple[int, float, str, str, str]]:
         now = time.time()
         for position, line in enumerate(lines, self.end):
-            said = protocol.parse(line[:-1].decode(self.fmt))
-            yield position, now, said.kind.value, said.name, said.text
+            yield position, now, *protocol.parts(line[:-1].decode(self.fmt))
 
     def _encode(self, text: str) -> bytes:
         return protocol.encode(text, self.fmt, protocol.MAX_SERVER_LINE)
@@ -873,6 +872,9 @@ class Room:
         That is nearly everyone, so it is done in as few steps as possible; whoever
         needs more is left to `_serve`.
         """
+        if position < self.history.first:  # the round was longer than what is retained
+            self._due.update(client for client in self.clients if not client.watched)
+            return
         data, end = self.history.read(position, self.history.end)
         size, is_all = len(data), end == self.history.end
         for client in self.clients:
@@ -881,8 +883,9 @@ class Room:
                 client.position = end
                 try:
                     sent = client.connection.send(data)
-                except Exception:
-                    sent = 0  # `_serve` meets it again, and deals with it
+                except Exception as error:
+                    self._fail(client, error)
+                    continue
                 if sent == size and is_all:
                     continue
                 if sent < size:
@@ -901,14 +904,18 @@ class Room:
                 if not full:
                     self._finish(client)
         except Exception as error:
-            if not isinstance(error, OSError):
-                log.exception("%s: a fault; the connection ends", client)
-            client.fetching = False
-            client.end_input()
+            self._fail(client, error)
         finally:
             leaving = client.until is not None
             self._watch(client, full and not leaving)
             client.forgotten = leaving and (full or not client.fetching)
+
+    def _fail(self, client: Client, error: Exception) -> None:
+        """Let a client's thread find that it cannot be served any more."""
+        if not isinstance(error, OSError):
+            log.error("%s: a fault; the connection ends", client, exc_info=error)
+        client.fetching = False
+        client.end_input()
 
     def _finish(self, client: Client) -> None:
         """Be done with what a client was being sent."""

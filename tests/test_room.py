@@ -451,7 +451,7 @@ def test_who_waits_for_space_in_the_queue_can_be_replaced(
     monkeypatch.setattr(room.history, "append", append_later)
     try:
         ghost.send(*(f"{number} {'x' * 900}" for number in range(1000)))
-        wait_until(lambda: len(room._queue) >= 50, "the queue to be crowded")
+        wait_until(lambda: room._queued - room._placed >= 50, "the queue to be crowded")
         alice = Peer(room.port).introduce(f"alice -0 {KEY}")
         here = alice.sock.getsockname()[1]
         wait_until(lambda: room.names["alice"].port == here, "the place to be taken")
