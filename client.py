@@ -22,17 +22,13 @@ import _thread
 import abc
 import argparse
 import contextlib
-import ctypes
 import enum
-import getpass
 import hmac
-import importlib.util
 import os
 import random
 import re
 import secrets
 import selectors
-import shutil
 import signal
 import socket
 import ssl
@@ -889,6 +885,8 @@ class ReadlineTerminal(Screen):
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own, and keep the answer out of the recall."""
         if secret:
+            import getpass
+
             return getpass.getpass(question)
         answer = input(question)
         if self._readline and self._readline.get_current_history_length():
@@ -965,7 +963,7 @@ class ReadlineTerminal(Screen):
 
     def _erase(self, typed: str) -> None:
         """Take a line off the screen that was just entered, over all its rows."""
-        columns = shutil.get_terminal_size().columns
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
         rows = sum(max(1, -(-_width(part) // columns)) for part in typed.split("\n"))
         self._write(f"\x1b[{rows}A\r\x1b[J")
 
@@ -989,8 +987,10 @@ class _Readline:
 
     TERMPREPPED = 0x4  # in rl_readline_state: the terminal is set up for reading a line
 
-    def __init__(self, library: ctypes.PyDLL) -> None:
-        self._library = library
+    def __init__(self, path: str) -> None:
+        import ctypes  # here, as what only a terminal needs, so that a pipe starts fast
+
+        self._library = library = ctypes.PyDLL(path)
         self._state = ctypes.c_ulong.in_dll(library, "rl_readline_state")
         ctypes.c_int.in_dll(library, "rl_sort_completion_matches").value = 0
         self._clear = library.rl_clear_visible_line
@@ -1021,7 +1021,7 @@ def _import_readline() -> Any:
 
 def _readline_library(readline: Any) -> _Readline | None:
     try:
-        return _Readline(ctypes.PyDLL(readline.__file__))
+        return _Readline(readline.__file__)
     except (AttributeError, OSError, TypeError, ValueError):
         return None  # no GNU readline, or built into the interpreter
 
@@ -1288,8 +1288,9 @@ def _screen(options: argparse.Namespace) -> Screen:
     dumb = os.environ.get("TERM", "") in ("", "dumb")
     look.color = not (options.no_color or os.environ.get("NO_COLOR") or dumb)
     look.bell = not options.no_bell
-    if importlib.util.find_spec("prompt_toolkit") and not dumb:
-        return ToolkitTerminal(look)
+    if not dumb:
+        with contextlib.suppress(ImportError):
+            return ToolkitTerminal(look)
     return ReadlineTerminal(look)
 
 
