@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import enum
 import hmac
+import io
 import os
 import random
 import re
@@ -308,7 +309,7 @@ class ChatClient:
             self._queues.wait_for(lambda: self._leaving.is_set() or not self._pending())
 
     def leave(self) -> list[str]:
-        """Say goodbye and end the conversation; return what was typed and not confirmed."""
+        """Say goodbye and end the conversation; return what was typed and never sent."""
         if not self._leaving.is_set():
             with self._queues:
                 self._waiting.append(typed("/quit"))
@@ -317,10 +318,10 @@ class ChatClient:
         self._receiver.join(LEAVE_TIMEOUT)
         if self._receiver.is_alive():
             self._cut()
-            self._receiver.join()
+            self._receiver.join(LEAVE_TIMEOUT)
         self.close()
-        pending = [item.text for item in [*self._unconfirmed, *self._waiting]]
-        return [text for text in pending if text != "/quit"]
+        self._give_up_receipts()
+        return [item.text for item in self._waiting if item.verb != "quit"]
 
     @property
     def settled(self) -> bool:
@@ -466,7 +467,9 @@ class ChatClient:
             self._hear_room(line)
         elif line.kind is not Kind.ANSWER or self._hear_answer(str(line)):
             self._bring(line)
-            if line.kind is Kind.ANSWER and protocol.is_final(str(line)):
+            if str(line) == protocol.BYE:
+                self._leaving.set()
+            elif line.kind is Kind.ANSWER and protocol.is_final(str(line)):
                 raise Refused(line.text)
 
     def _hear_at_door(self, line: Line) -> None:
@@ -508,8 +511,6 @@ class ChatClient:
         self._follow(line)
         if line.name:
             self._confirm(line)
-        elif str(line) == protocol.joined(self.name):
-            self.live = True
         self._bring(line)
 
     def _confirm(self, line: Line) -> None:
@@ -586,7 +587,7 @@ class ChatClient:
         replay, self._replay = self._replay, None
         if replay is not None:
             away = time.monotonic() - self._lost_at
-            missed = len(replay) + self._skipped
+            missed = sum(line.in_room for line in replay) + self._skipped
             lines = f"{missed} line{'' if missed == 1 else 's'} missed"
             self._show(Notice(f"back after {away:.0f} s, {lines}"))
             for line in replay:
@@ -764,8 +765,8 @@ class Screen(abc.ABC):
         """Return the answer to a question, not shown while it is typed if it is secret."""
 
     def give_back(self, line: str) -> None:
-        """Let the next `read` begin with a line that was refused."""
-        self._given_back = line
+        """Let the next `read` begin with what was refused."""
+        self._given_back = "\n".join(filter(None, (self._given_back, line)))
 
     def leave(self) -> None:
         """Make `read` raise `Leave`; called by a signal's handler, in the main thread."""
@@ -795,6 +796,8 @@ class Pipe(Screen):
         super().__init__(look)
         self._fmt = fmt
         self._count = 0  # lines read
+        if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may be narrower than the room's
+            sys.stdout.reconfigure(errors="backslashreplace")
 
     def read(self) -> str:
         """Return the next line; raise `Refusal` for one that the room cannot carry."""
@@ -944,16 +947,18 @@ class ReadlineTerminal(Screen):
         if self._showing or (self._reading and not library):
             return  # it is being done, or readline is just beginning or ending
         self._showing = True
-        if library:
-            library.hide()
-            self._write("\r")
-        while self._waiting:
-            self._write(self._waiting[0] + "\n")
-            self._waiting.popleft()
-        if library:
-            library.unhide()
-        self._showing = False
-        self._shown.set()
+        try:
+            if library:
+                library.hide()
+                self._write("\r")
+            while self._waiting:
+                self._write(self._waiting[0] + "\n")
+                self._waiting.popleft()
+            if library:
+                library.unhide()
+        finally:  # Ctrl-C can come in between
+            self._showing = False
+            self._shown.set()
 
     def _show_plainly(self) -> None:
         line = self._prompt() + (self._readline.get_line_buffer() if self._readline else "")
@@ -1056,16 +1061,16 @@ class ToolkitTerminal(Screen):
             history=_toolkit_history(),
             input_processors=[_toolkit_mask()],
             completer=_toolkit_completer(self),
-            key_bindings=_toolkit_keys(),
+            key_bindings=_toolkit_keys(self),
             bottom_toolbar=self._status,
             complete_while_typing=False,
-            enable_suspend=True,
             erase_when_done=True,
             refresh_interval=1.0,
         )
         self._output = StdoutProxy(raw=True, sleep_between_writes=0.02)
         # Printing above the prompt takes no time; in cooked mode the keys that are
         # typed in that time would be echoed into what is printed.
+        self._cooked_mode = self._session.app.input.cooked_mode
         self._session.app.input.cooked_mode = contextlib.nullcontext  # type: ignore[method-assign]
 
     def read(self) -> str:
@@ -1083,6 +1088,11 @@ class ToolkitTerminal(Screen):
         """Print an item above the half-typed line."""
         self._output.write(self._render(item) + "\n")
         self._output.flush()
+
+    def suspend(self) -> None:
+        """Stop as Ctrl-Z does in any program, with the terminal as the shell wants it."""
+        with self._cooked_mode():
+            os.kill(0, signal.SIGTSTP)
 
     def leave(self) -> None:
         """Have the prompt end in its own good order, and raise `Leave` then."""
@@ -1147,7 +1157,8 @@ def _toolkit_mask() -> Processor:
     return ConditionalProcessor(PasswordProcessor(), is_secret)
 
 
-def _toolkit_keys() -> KeyBindings:
+def _toolkit_keys(screen: ToolkitTerminal) -> KeyBindings:
+    from prompt_toolkit.application import run_in_terminal
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     bindings = KeyBindings()
@@ -1158,6 +1169,12 @@ def _toolkit_keys() -> KeyBindings:
             event.current_buffer.reset()
         else:
             event.app.exit(exception=KeyboardInterrupt)
+
+    if hasattr(signal, "SIGTSTP"):
+
+        @bindings.add("c-z")
+        def suspend(event: KeyPressEvent) -> None:
+            run_in_terminal(screen.suspend)
 
     return bindings
 
@@ -1182,7 +1199,7 @@ def write(chat: ChatClient, screen: Screen) -> int:
                 return refused
             try:
                 if screen.interactive and line.strip() == "/op":
-                    line = "/op " + screen.ask("Operator password: ", secret=True)
+                    line = f"/op {_operator_password(screen)}"
                 chat.send(line)
                 if screen.interactive and chat.away and line.strip():
                     screen.show(Notice(f"to be sent when we are back: {discreet(line)}"))
@@ -1191,9 +1208,21 @@ def write(chat: ChatClient, screen: Screen) -> int:
                 screen.show(Unsent(f"not sent: {refusal}", line if discreet(line) == line else ""))
 
 
+def _operator_password(screen: Screen) -> str:
+    """Ask for it; Ctrl-C and Ctrl-D only take the question back."""
+    try:
+        return screen.ask("Operator password: ", secret=True)
+    except Leave:
+        raise
+    except (KeyboardInterrupt, EOFError):
+        raise Refusal("no password was given") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Chat until the user leaves; return the exit status."""
     options = _parser().parse_args(arguments)
+    if sys.stdin is None or sys.stdout is None:
+        return _fail("standard input and output are closed; leave them open")
     screen = _screen(options)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
@@ -1240,7 +1269,10 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
             chat.flush()
     except KeyboardInterrupt:
         pass  # Ctrl-C, a signal, or the end of the conversation: leave
-    unsent = chat.leave()
+    try:
+        unsent = chat.leave()
+    except KeyboardInterrupt:  # once more: without a goodbye
+        return 0 if screen.interactive else 1
     for text in unsent:
         screen.show(Notice(f"not sent: {discreet(text)}"))
     if chat.reason:
@@ -1277,7 +1309,10 @@ def _join(chat: ChatClient, screen: Screen) -> None:
                 raise
             if chat.password is not None:
                 screen.show(Notice(str(refused)))
-            chat.password = screen.ask("Password of the room: ", secret=True)
+            try:
+                chat.password = screen.ask("Password of the room: ", secret=True)
+            except EOFError:
+                raise Refused("no password was given") from None
 
 
 def _screen(options: argparse.Namespace) -> Screen:

@@ -266,14 +266,14 @@ def introduction(text: str) -> Introduction:
     name, start, *key = words
     if not _FROM.fullmatch(start) or len(key) > 1 or (key and not _KEY.fullmatch(key[0])):
         raise Refusal("answer with NAME, NAME FROM or NAME FROM KEY; a name is one word")
-    asked = Introduction(check_name(name), wants_position=True, key="".join(key))
-    if start.startswith("-"):
-        return _replace(asked, last=int(start[1:]))
-    return _replace(asked, position=int(start))
-
-
-def _replace(asked: Introduction, *, position: int | None = None, last: int = 0) -> Introduction:
-    return Introduction(asked.name, position, last, asked.wants_position, asked.key)
+    is_last = start.startswith("-")
+    return Introduction(
+        check_name(name),
+        position=None if is_last else int(start),
+        last=int(start[1:]) if is_last else 0,
+        wants_position=True,
+        key="".join(key),
+    )
 
 
 def checked(lines: list[bytes], fmt: str = FORMAT) -> Sequence[bytes | Refusal]:

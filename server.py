@@ -27,6 +27,7 @@ import hmac
 import ipaddress
 import itertools
 import logging
+import logging.handlers
 import math
 import os
 import pathlib
@@ -71,6 +72,7 @@ STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
 STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
 LINGER = 1.0  # seconds for a client to close after our last line
 BACKLOG = 1024  # connections that the system may keep waiting for accept()
+MAX_RECORDS = 10_000  # of the log, waiting to be written; more are dropped
 STACK = 128 * 1024  # bytes for a client's thread, whose calls are few and shallow
 SPARE_DESCRIPTORS = 32  # kept free for the listener, the log and the broadcaster
 
@@ -78,6 +80,10 @@ log = logging.getLogger("chat")
 
 
 # --- History -----------------------------------------------------------------
+
+
+class HistoryError(Exception):
+    """The file cannot be the history; the text says why and what to do."""
 
 
 class NotStored(Exception):
@@ -145,9 +151,13 @@ class History:
         with self._lock:
             lines, times = self._lines[:], self._times[:]
         found: list[tuple[float, str]] = []
+        word = word.lower()
         for when, line in zip(reversed(times), reversed(lines), strict=True):
             text = line[:-1].decode(self.fmt)
-            if word.lower() in text.lower():
+            # As in a file: in the name or in what was said, and not across both.
+            if word in text.lower() and any(
+                word in part.lower() for part in protocol.parts(text)[1:]
+            ):
                 found.append((when, text))
                 if len(found) == count:
                     break
@@ -191,8 +201,9 @@ class Ban:
 class FileHistory(History):
     """A history that is in a file before anybody sees it, and goes on there after a restart.
 
-    One connection writes, in the broadcaster's thread alone; one reads, and never
-    holds up the other.  Raise `HistoryError` when the file cannot be used.
+    One connection writes, in the broadcaster's thread alone, one reads for who is
+    behind, in the fetcher's, and one for questions; none holds up another.  Raise
+    `HistoryError` when the file cannot be used.
     """
 
     APPLICATION = 0x43686174  # "Chat", in the file's header
@@ -252,21 +263,21 @@ class FileHistory(History):
 
     def fetch(self, position: int, end: int) -> list[bytes]:
         """Return at most `PAGE` lines from `position` up to `end` from the file."""
-        with self._reading:
-            rows = self._reader.execute(
-                "SELECT kind, name, text FROM lines WHERE position >= ? AND position < ?"
-                " ORDER BY position LIMIT ?",
-                (position, end, PAGE),
-            ).fetchall()
-        return [self._encode(_line(*row)) for row in rows]
+        rows = self._pager.execute(
+            "SELECT kind, name, text FROM lines WHERE position >= ? AND position < ?"
+            " ORDER BY position LIMIT ?",
+            (position, end, PAGE),
+        ).fetchall()
+        return [f"{_line(*row)}\n".encode(self.fmt) for row in rows]
 
     def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
         """Return the last `count` lines that have `word` in them, of all that was ever said."""
-        pattern = "%" + re.sub(r"([%_\\])", r"\\\1", word) + "%"
+        pattern = "%" + re.sub(r"([%_\\])", r"\\\1", word.lower()) + "%"
+        said = "text" if word.isascii() else "lower_all(text)"  # LIKE knows ASCII's cases alone
         with self._reading:
             rows = self._reader.execute(
                 "SELECT time, kind, name, text FROM lines WHERE :word = '%%'"
-                r" OR text LIKE :word ESCAPE '\' OR name LIKE :word ESCAPE '\'"
+                rf" OR {said} LIKE :word ESCAPE '\' OR name LIKE :word ESCAPE '\'"
                 " ORDER BY position DESC LIMIT :count",
                 {"word": pattern, "count": count},
             ).fetchall()
@@ -279,8 +290,8 @@ class FileHistory(History):
 
     def close(self) -> None:
         """Close the file and let another server have it."""
-        self._reader.close()
-        self._writer.close()
+        for connection in (self._pager, self._reader, self._writer):
+            connection.close()
         os.close(self._held)
 
     def _open(self) -> None:
@@ -299,7 +310,9 @@ class FileHistory(History):
             self._create()
         self._writer.execute("UPDATE room SET format = ?", (self.fmt,))
         self._reader = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
+        self._reader.create_function("lower_all", 1, str.lower, deterministic=True)
         self._reading = threading.Lock()  # guards the reader: one question at a time
+        self._pager = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
         first, last = self._reader.execute(
             "SELECT min(position), max(position) FROM lines"
         ).fetchone()
@@ -348,13 +361,6 @@ class FileHistory(History):
         now = time.time()
         for position, line in enumerate(lines, self.end):
             yield position, now, *protocol.parts(line[:-1].decode(self.fmt))
-
-    def _encode(self, text: str) -> bytes:
-        return protocol.encode(text, self.fmt, protocol.MAX_SERVER_LINE)
-
-
-class HistoryError(Exception):
-    """The file cannot be the history; the text says why and what to do."""
 
 
 def _line(kind: str, name: str, text: str) -> str:
@@ -811,7 +817,7 @@ class Room:
                 position += len(entry.lines)
             elif entry.author is not None:
                 self._refuse(entry.author, len(entry.lines), position)
-        return lines
+        return lines if stored else []
 
     def _store(self, lines: list[bytes], bans: list[Ban] | None) -> bool:
         """Append to the history; tell whether it could, and log when that changes."""
@@ -1159,8 +1165,9 @@ def _kick(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     name, _, reason = argument.partition(" ")
     if not name:
         raise Usage
-    room.put_out(room.find(name), client, reason.strip())
-    return ()
+    other = room.find(name)
+    room.put_out(other, client, reason.strip())
+    return told(room, client, f"{other.name} was put out")
 
 
 @command("ban")
@@ -1168,9 +1175,9 @@ def _ban(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     name, _, rest = argument.partition(" ")
     minutes, _, reason = rest.strip().partition(" ")
     if not re.fullmatch(r"[1-9]\d{0,6}", minutes, re.ASCII):
+        if not name or re.match(r"-?\d", minutes):
+            raise Usage
         minutes, reason = "", rest
-    if not name:
-        raise Usage
     until = time.time() + 60 * int(minutes) if minutes else 0.0
     try:
         target: Client | None = room.find(name)
@@ -1239,7 +1246,9 @@ class ChatServer(Room):
     ) -> None:
         listener = _listen_on(host, port)
         try:
-            super().__init__(FileHistory(history, fmt) if history else History(fmt), max_clients)
+            super().__init__(
+                History(fmt) if history is None else FileHistory(history, fmt), max_clients
+            )
         except BaseException:
             listener.close()
             raise
@@ -1409,14 +1418,15 @@ class ChatServer(Room):
 
     def _check_password(self, client: Client, deadline: float) -> None:
         assert self.password is not None
-        for _ in range(TRIES):
+        for left in reversed(range(TRIES)):
             client.connection.send(b"PASS\n")
             if self.password.is_it(self._next_line(client, deadline)):
                 return
             log.warning("%s gave a wrong password", client)
             if client.gone.wait(WRONG_DELAY):
                 raise Gone
-            client.connection.send(self.line(protocol.WRONG_PASSWORD))
+            if left:
+                client.connection.send(self.line(protocol.WRONG_PASSWORD))
         raise Farewell("no right password", protocol.NO_MORE_PASSWORDS)
 
     def _next_line(self, client: Client, deadline: float) -> bytes:
@@ -1459,12 +1469,14 @@ class ChatServer(Room):
         for line in protocol.checked(lines, self.fmt):
             text = line if isinstance(line, Refusal) else protocol.without_name(line, client.prefix)
             if isinstance(text, Refusal) or protocol.is_command(text):
-                self.broadcast([Said(said, client)], client)
-                said = []
+                if said:
+                    self.broadcast([Said(said, client)], client)
+                    said = []
                 self.broadcast(obey(self, client, text), client)
             elif text.strip():
                 said.append(client.prefix + protocol.unslash(text) + b"\n")
-        self.broadcast([Said(said, client)], client)
+        if said:
+            self.broadcast([Said(said, client)], client)
 
     def _part(self, client: Client, reason: str, last_line: str) -> None:
         """The one way out, whatever ended a client."""
@@ -1517,31 +1529,47 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(getattr(signal, name), lambda number, _: signals.put(number))
     threading.stack_size(STACK)
     try:
-        _log_to(options.log_file, options.verbose)
-        server = ChatServer(
-            options.host,
-            options.port,
-            options.format,
-            max_clients=_affordable(options.max_clients, options.max_unnamed),
-            max_per_address=options.max_per_address,
-            max_unnamed=options.max_unnamed,
-            name_deadline=options.name_deadline,
-            rate_limit=options.rate_limit,
-            history=options.history,
-            tls=_tls_context(options),
-            password=protocol.password(options.password_file, "CHAT_PASSWORD"),
-            op_password=protocol.password(options.op_password_file, "CHAT_OP_PASSWORD"),
-        )
+        console = Console(options.log_file, options.verbose)
+    except OSError as error:
+        return _fail(error, options)
+    console.start()
+    try:
+        server = _server(options)
     except (OSError, UnicodeError, Refusal, HistoryError) as error:
-        print(f"server.py: {_explain(error, options)}", file=sys.stderr)
-        return 1
+        console.finish()
+        return _fail(error, options)
     with server:
         while signals.empty():
             with contextlib.suppress(queue.Empty):
                 # Windows looks at signals only between two calls.
                 signals.get(timeout=1.0 if sys.platform == "win32" else None)
                 break
+    if not console.finish():
+        os._exit(0)  # its thread is stuck in a write, and would hold up the exit
     return 0
+
+
+def _server(options: argparse.Namespace) -> ChatServer:
+    """Make the server that the options describe."""
+    return ChatServer(
+        options.host,
+        options.port,
+        options.format,
+        max_clients=_affordable(options.max_clients, options.max_unnamed),
+        max_per_address=options.max_per_address,
+        max_unnamed=options.max_unnamed,
+        name_deadline=options.name_deadline,
+        rate_limit=options.rate_limit,
+        history=options.history,
+        tls=_tls_context(options),
+        password=protocol.password(options.password_file, "CHAT_PASSWORD"),
+        op_password=protocol.password(options.op_password_file, "CHAT_OP_PASSWORD"),
+    )
+
+
+def _fail(error: Exception, options: argparse.Namespace) -> int:
+    print(f"server.py: {_explain(error, options)}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -1612,21 +1640,42 @@ def _affordable(clients: int, unnamed: int) -> int:
     return clients
 
 
-def _log_to(file: str | None, verbose: bool) -> None:
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if file:
-        handlers.append(logging.FileHandler(file))
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s",
-        level=logging.DEBUG if verbose else logging.INFO,
-        handlers=handlers,
-    )
-    logging.raiseExceptions = False  # a closed terminal or a full disk ends no server
+class Console(logging.handlers.QueueListener):
+    """Writes the log in a thread of its own: one that nobody reads must not stop the room."""
+
+    def __init__(self, file: str | None, verbose: bool) -> None:
+        handlers: list[logging.Handler] = [logging.StreamHandler()]
+        if file is not None:
+            handlers.append(logging.FileHandler(file))
+        records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_RECORDS)
+        super().__init__(records, *handlers)
+        logging.basicConfig(
+            format="%(asctime)s %(levelname)s %(message)s",
+            level=logging.DEBUG if verbose else logging.INFO,
+            handlers=[logging.handlers.QueueHandler(records)],
+        )
+        logging.raiseExceptions = False  # a closed terminal or a full disk ends no server
+
+    def finish(self) -> bool:
+        """Write what is left; tell whether somebody took it."""
+        writer = self._thread
+        if writer is None:
+            return True
+        try:
+            self.enqueue_sentinel()
+        except queue.Full:
+            return False
+        writer.join(STOP_CLOSE)
+        if writer.is_alive():
+            return False
+        for handler in self.handlers:
+            handler.close()
+        return True
 
 
 def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     """Return what the options say of TLS, and log the certificate's fingerprint."""
-    if not options.tls_cert:
+    if options.tls_cert is None:
         if options.tls_key:
             raise Refusal("--tls-key needs --tls-cert")
         return None
@@ -1665,7 +1714,7 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
     if not isinstance(error, OSError):
         return str(error)
     if error.filename:
-        verb = "write" if error.filename == options.log_file else "read"
+        verb = "write" if error.filename == os.path.abspath(options.log_file or "") else "read"
         return f"cannot {verb} {error.filename}: {error.strerror}; name another file"
     remedy = {
         errno.EADDRINUSE: "the port is in use; choose another with --port",

@@ -496,6 +496,8 @@ def test_no_colour(opened: Open, how: str) -> None:
     with run_chat() as server, opened(server.port, *options, NO_COLOR=unset) as terminal:
         bob = Peer(server.port).join("bob")
         enter(terminal, bob)
+        terminal.type("ready\r")  # what comes before it may be of the replay, without a bell
+        terminal.wait_for("alice: ready")
         bob.send("look, alice")
         terminal.wait_for("bob: look, alice")
         terminal.wait_for(lambda screen: screen.bells == 1)

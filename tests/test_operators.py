@@ -515,7 +515,7 @@ def test_kick_shows_who_and_why(room: ChatServer, said: str, shown: str) -> None
     alice.send(f"/kick BOB{said}")
     line = f"* bob was kicked by alice{shown}"
     assert bob.rest() == [f"-> you were kicked by alice{shown}", line]
-    alice.expect("* bob joined the chat", line)
+    alice.expect("* bob joined the chat", line, "-> bob was put out")
     alice.send("/names", "over")
     alice.expect("-> 2 here: carol, alice", "alice: over")
     carol.expect("* alice joined the chat", "* bob joined the chat", line, "alice: over")
@@ -548,6 +548,7 @@ def test_kicked_in_the_middle_of_talking(room: ChatServer) -> None:
     alice.send("/kick bob")
     alice.expect_eventually("* bob was kicked by alice")
     talking.join()
+    alice.expect("-> bob was put out")
     alice.expect_nothing()
 
 
@@ -568,7 +569,18 @@ def test_kicked_who_does_not_read_is_gone_at_once() -> None:
             alice.send(f"{number} {'x' * 900}")
         alice.lines(300)
         alice.send("/kick bob", "/names")
-        alice.expect("* bob was kicked by alice", "-> 1 here: alice")
+        alice.expect("* bob was kicked by alice", "-> bob was put out", "-> 1 here: alice")
+
+
+def test_operator_in_a_pipe_leaves_when_all_is_answered(room: ChatServer) -> None:
+    """Each command of an operator has an answer, so that a pipe knows when it is done."""
+    bob = Peer(room.port).join("bob")
+    commands = f"/op {OPERATOR}\n/kick bob\n/ban bob 5\n/bans\n/unban bob\n".encode()
+    process = start(room.port, "--name", "alice", stdin=subprocess.PIPE)
+    output, errors = process.communicate(commands, timeout=DEADLINE)
+    assert (process.returncode, errors) == (0, b"")
+    assert output.endswith(b"-> bob may come in again\n-> bye\n")
+    bob.rest()
 
 
 # --- Bans --------------------------------------------------------------------
@@ -742,7 +754,7 @@ def test_kicked_client_ends_with_the_reason(room: ChatServer) -> None:
     assert process.returncode == 1
     assert b"client.py: you were kicked by alice: enough\n" in errors
     assert b"* bob joined the chat" in output
-    alice.expect("* bob was kicked by alice: enough")
+    alice.expect("* bob was kicked by alice: enough", "-> bob was put out")
     alice.expect_nothing()
 
 
