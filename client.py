@@ -856,8 +856,7 @@ class ReadlineTerminal(Screen):
         self._showing = False
         self._cleared = False  # Ctrl-C cleared a half-typed line, and did not mean to leave
         signal.signal(signal.SIGINT, self._on_interrupt)
-        if self._library:
-            signal.signal(signal.SIGUSR1, lambda number, frame: self._show_waiting())
+        self._hear_signals()
 
     def read(self) -> str:
         """Return the line that is typed next, and take it off the screen."""
@@ -883,6 +882,7 @@ class ReadlineTerminal(Screen):
                 raise
             finally:
                 self._reading = self._prompted = self._cleared = False
+                self._hear_signals()
                 self._show_waiting()
 
     def ask(self, question: str, *, secret: bool = False) -> str:
@@ -890,7 +890,11 @@ class ReadlineTerminal(Screen):
         if secret:
             import getpass
 
-            return getpass.getpass(question)
+            try:
+                return getpass.getpass(question)
+            except (EOFError, KeyboardInterrupt):
+                self._write("\n")
+                raise
         answer = input(question)
         if self._readline and self._readline.get_current_history_length():
             self._readline.remove_history_item(self._readline.get_current_history_length() - 1)
@@ -914,6 +918,21 @@ class ReadlineTerminal(Screen):
         if self._library:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         super().close()
+
+    def leave(self) -> None:
+        """Make `read` raise `Leave`."""
+        self._ignore_signals()
+        raise Leave
+
+    def _hear_signals(self) -> None:
+        if self._library:
+            signal.signal(signal.SIGUSR1, lambda number, frame: self._show_waiting())
+
+    def _ignore_signals(self) -> None:
+        # When a handler has raised, `input` runs those of other signals with the
+        # exception still set, and whatever they do fails.
+        if self._library and self._reading:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _begin(self) -> None:
         """Have Tab complete, and put a line that was refused back into the prompt."""
@@ -978,6 +997,7 @@ class ReadlineTerminal(Screen):
             self._cleared = bool(self._readline.get_line_buffer())
             self._library.hide()
             self._write("\r")
+        self._ignore_signals()
         raise KeyboardInterrupt
 
     def _write(self, text: str) -> None:
@@ -1199,7 +1219,7 @@ def write(chat: ChatClient, screen: Screen) -> int:
                 return refused
             try:
                 if screen.interactive and line.strip() == "/op":
-                    line = f"/op {_operator_password(screen)}"
+                    line = _with_password(screen)
                 chat.send(line)
                 if screen.interactive and chat.away and line.strip():
                     screen.show(Notice(f"to be sent when we are back: {discreet(line)}"))
@@ -1208,14 +1228,15 @@ def write(chat: ChatClient, screen: Screen) -> int:
                 screen.show(Unsent(f"not sent: {refusal}", line if discreet(line) == line else ""))
 
 
-def _operator_password(screen: Screen) -> str:
-    """Ask for it; Ctrl-C and Ctrl-D only take the question back."""
+def _with_password(screen: Screen) -> str:
+    """Return ``/op`` with the password, or nothing if Ctrl-C or Ctrl-D takes it back."""
     try:
-        return screen.ask("Operator password: ", secret=True)
+        return f"/op {screen.ask('Operator password: ', secret=True)}"
     except Leave:
         raise
     except (KeyboardInterrupt, EOFError):
-        raise Refusal("no password was given") from None
+        screen.show(Notice("no password was given"))
+        return ""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -600,3 +600,47 @@ def test_status_line() -> None:
         terminal.wait_for(f"alice on 127.0.0.1:{proxy.port}, next try in")
         terminal.type(CTRL_D)
         assert terminal.wait() == 0
+
+
+def test_all_refused_lines_of_a_paste_come_back(opened: Open) -> None:
+    """Of a paste the lines that can be said are said, and all others come back for editing."""
+    with run_chat() as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.paste("grün\nfine\nblaß")
+        terminal.wait_for("blaß")
+        terminal.type("\r")
+        bob.expect("alice: fine")
+        terminal.wait_for("alice> grün")
+        terminal.wait_for("blaß")
+
+
+def test_question_for_the_operator_password_can_be_taken_back(opened: Open) -> None:
+    """Ctrl-D instead of a password goes back to the conversation."""
+    with run_chat(op_password="secret") as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        terminal.type("/op\r")
+        terminal.wait_for("Operator password: ")
+        terminal.type("\x04")
+        terminal.wait_for("no password was given")
+        terminal.wait_for(prompts(""))
+        terminal.type("still here\r")
+        bob.expect("alice: still here")
+
+
+def test_ctrl_c_among_pouring_lines(opened: Open) -> None:
+    """Clearing the line again and again while lines pour in stops neither of them."""
+    with run_chat(rate_limit=0) as server, opened(server.port) as terminal:
+        bob = Peer(server.port).join("bob")
+        enter(terminal, bob)
+        for number in range(20):
+            bob.send(*(f"{number} {line}" for line in range(20)))
+            terminal.type("abc")
+            terminal.wait_for(prompts("abc"))
+            terminal.type("\x03")
+            terminal.wait_for(prompts(""))
+        bob.send("the end")
+        terminal.wait_for("bob: the end")
+        terminal.type("\x04")
+        assert terminal.wait() == 0

@@ -390,3 +390,31 @@ def test_it_is_started_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert SERVER.is_absolute()
     assert run_briefly("--version").returncode == 0
+
+
+def test_a_console_that_nobody_reads_stops_nothing() -> None:
+    """With a full pipe for a console, as behind a stopped pager, people talk, come and go."""
+    with no_leaks():
+        process = subprocess.Popen(
+            [sys.executable, SERVER, "--port", "0", "-v", "--rate-limit", "0"],
+            stderr=subprocess.PIPE,
+        )
+        assert process.stderr
+        try:
+            listening = re.search(rb"listening on \S+:(\d+)\n", process.stderr.readline())
+            assert listening
+            alice = Peer(int(listening[1])).join("alice")
+            texts = [f"{number} {'x' * 100}" for number in range(2000)]
+            alice.send(*texts)
+            alice.expect(*(f"alice: {text}" for text in texts))
+            bob = Peer(int(listening[1])).join("bob")
+            bob.send("/quit")
+            alice.expect("* bob joined the chat", "* bob left the chat")
+            process.terminate()
+            alice.expect(protocol.SHUTTING_DOWN)
+            alice.close()
+            assert process.wait(STOP) == 0
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()
