@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+from chat import DEADLINE, Peer, run_chat
 from trust import ROOT
 
 README = ROOT / "README.md"
@@ -56,3 +59,24 @@ def test_readme_has_the_command_that_is_checked() -> None:
     assert commands, "the README does not tell how to run the tests"
     for command in commands:
         assert command in checked
+
+
+def test_readme_bot_runs() -> None:
+    """The bot of the README answers, and ends when it is told to."""
+    block = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert block
+    with run_chat() as room:
+        alice = Peer(room.port).join("alice")
+        code = block[1].replace('ChatClient("clock")', f'ChatClient("clock", port={room.port})')
+        bot = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+        try:
+            alice.expect("* clock joined the chat")
+            alice.send("!time")
+            alice.expect("alice: !time")
+            alice.expect_match(r"clock: \w+ \w+ .*")
+            alice.send("!bye")
+            alice.expect("alice: !bye", "* clock left the chat")
+            assert bot.wait(DEADLINE) == 0
+        finally:
+            bot.kill()
+            bot.wait()
