@@ -328,10 +328,10 @@ def test_tab_completes(opened: Open) -> None:
         complete(terminal, "/hel", "/help")
         terminal.type("\x15")
         terminal.wait_for(prompts(""))
-        for peer, name in ((bea, "bea"), (bob, "bob"), (bea, "bea")):
-            peer.send("me")
-            bob.expect_eventually(f"{name}: me")
-            terminal.wait_for(f"{name}: me")
+        for number, (peer, name) in enumerate(((bea, "bea"), (bob, "bob"), (bea, "bea"))):
+            peer.send(f"me {number}")
+            bob.expect_eventually(f"{name}: me {number}")
+            terminal.wait_for(f"{name}: me {number}")
             terminal.wait_for(prompts(""))
             complete(terminal, "b", f"{name}:")
             terminal.type("hi\r")
