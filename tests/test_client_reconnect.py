@@ -198,6 +198,7 @@ def test_restarted_server_without_memory() -> None:
         chat.send("heard")
         bob.expect("alice: heard")
         chat.send("lost")
+        wait_until(lambda: len(chat._unconfirmed) == 2)  # not waiting any more, so sent
         wait_until(lambda: proxy.links[0].dead)
         proxy.server = reborn.port
         proxy.go_away()
