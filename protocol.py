@@ -31,7 +31,6 @@ import ssl
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import AnyStr
 
@@ -118,6 +117,7 @@ class Framer:
         """Take the next bytes and return the lines that they complete."""
         if self.overrun:
             return []
+        has_returns = b"\r" in data or self._partial.endswith(b"\r")
         pieces = data.split(b"\n")
         self._unframed += len(pieces[0])
         pieces[0] = self._partial + pieces[0]
@@ -126,7 +126,7 @@ class Framer:
         if len(pieces) > 1:
             self._unframed = len(pieces[-1])
         self._partial = pieces.pop()[: self.limit + 1]
-        return [piece.removesuffix(b"\r") for piece in pieces]
+        return [piece.removesuffix(b"\r") for piece in pieces] if has_returns else pieces
 
     def _stop_at_overrun(self, pieces: list[bytes]) -> None:
         """Drop the first piece that is too long for any line, and all behind it."""
@@ -152,6 +152,7 @@ def foreign_protocol(start: bytes) -> str:
 
 # --- Text --------------------------------------------------------------------
 
+_PLAIN = bytes(range(0x20, 0x7F)) + b"\n"  # what can be said in every format, and its newline
 _JOINER = re.compile(r"(?<=[^\s\u200c\u200d])[\u200c\u200d](?=[^\s\u200c\u200d])")
 _SPACE = re.compile(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 
@@ -276,21 +277,24 @@ def introduction(text: str) -> Introduction:
     )
 
 
-def checked(lines: list[bytes], fmt: str = FORMAT) -> Sequence[bytes | Refusal]:
-    """Return a client's lines as they may be said, and for the others why they may not.
+def as_said(lines: list[bytes], prefix: bytes) -> bool:
+    """Tell whether all lines came as the room says them, as nearly all do.
 
-    They are looked at together first, since nearly all are as they should be.
+    They are plain text behind ``alice: ``, the sender's name, and no commands.  A
+    look at all of them at once costs a tenth of a look at each.
     """
-    try:
-        plain = b" ".join(lines).decode(fmt).isprintable()
-    except UnicodeDecodeError:
-        plain = False
-    if plain and len(max(lines, key=len, default=b"")) < MAX_LINE:
-        return lines
-    return [_checked(line, fmt) for line in lines]
+    text = b"\n".join([b"", *lines, b""])
+    start = b"\n" + prefix
+    return (
+        0 < text.count(start) == len(lines)
+        and not any(start + first in text for first in (b"/", b" ", b"\n"))
+        and not text.translate(None, _PLAIN)
+        and max(map(len, lines)) < MAX_LINE
+    )
 
 
-def _checked(line: bytes, fmt: str) -> bytes | Refusal:
+def checked(line: bytes, fmt: str = FORMAT) -> bytes | Refusal:
+    """Return a client's line as it may be said, or why it may not."""
     try:
         return decode(line, fmt).encode(fmt)
     except Refusal as refusal:
@@ -634,7 +638,7 @@ def name_in(line: str) -> str | None:
 # --- Carrying the bytes ------------------------------------------------------
 
 
-RECEIVE = 64 * 1024  # bytes taken from a socket at once
+RECEIVE = 32 * 1024  # bytes taken from a socket at once
 
 
 class Connection:

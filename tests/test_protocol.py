@@ -435,6 +435,49 @@ def test_the_own_name_is_taken_off(line: str, text: str) -> None:
     assert protocol.without_name(line.encode(), b"alice: ") == text.encode()
 
 
+ORDINARY = [b"alice: hello", b"alice: a /slash, alice: and more", b"alice: " + b"x" * 1016]
+EXTRAORDINARY = [
+    b"hello",
+    b"Alice: hello",
+    b"alice:hello",
+    b"bob: hello",
+    b"alice: /help",
+    b"alice: //slash",
+    b"alice: ",
+    b"alice:  two blanks",
+    b"alice: a\ttab",
+    b"alice: a\x1bbell",
+    b"alice: caf\xc3\xa9",
+    b"alice: a\rb",
+    b"alice: " + b"x" * 1017,
+    b"",
+    b" alice: hello",
+]
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_lines_as_the_room_says_them_are_recognised(number: int) -> None:
+    """Those under the sender's name are, however many; one other among them is enough."""
+    ordinary = (ORDINARY * 2)[:number]
+    assert protocol.as_said(ordinary, b"alice: ")
+    for other in EXTRAORDINARY:
+        for index in range(number + 1):
+            mixed = [*ordinary[:index], other, *ordinary[index:]]
+            assert not protocol.as_said(mixed, b"alice: "), mixed
+    assert not protocol.as_said([], b"alice: ")
+
+
+@pytest.mark.parametrize("line", ORDINARY)
+@pytest.mark.parametrize("fmt", protocol.FORMATS)
+def test_a_line_recognised_so_is_what_a_closer_look_makes_of_it(line: bytes, fmt: str) -> None:
+    """Taking such a line as it is and taking it apart come to the same."""
+    checked = protocol.checked(line, fmt)
+    assert isinstance(checked, bytes)
+    text = protocol.without_name(checked, b"alice: ")
+    assert not protocol.is_command(text)
+    assert b"alice: " + protocol.unslash(text) == line
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
