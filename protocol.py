@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import functools
 import hashlib
 import os
 import re
@@ -215,6 +216,7 @@ def escape(data: bytes | str, fmt: str = FORMAT) -> str:
 
 _NAME = rf"[A-Za-z][A-Za-z0-9_-]{{0,{MAX_NAME - 1}}}"
 _NAME_ALONE = re.compile(_NAME)
+_is_name = functools.lru_cache(1024)(_NAME_ALONE.fullmatch)  # the same people say line after line
 RESERVED = frozenset({"server"})
 
 
@@ -405,7 +407,7 @@ def parse(line: str) -> Line:
 def parts(line: str) -> tuple[str, str, str]:
     """Return the value of a line's kind, its name and its text: what the history stores."""
     name, colon, text = line.partition(": ")
-    if colon and _NAME_ALONE.fullmatch(name):
+    if colon and _is_name(name):
         return "said", name, text
     match = _LINE.fullmatch(line)
     if match is None or match.lastgroup is None:

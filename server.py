@@ -58,6 +58,7 @@ from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsC
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
 BREATH = 1.25  # times its own length, so that a fifth of a core is left for those who speak
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
+ROWS = 199  # lines inserted by a statement, five values each; older SQLites take 999 in all
 PAGE = 500  # lines read from the file at once for who is behind
 CHUNK = 1024  # lines given to a client at once: 50 KB as people write, 1.2 MB at the most
 MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
@@ -253,7 +254,7 @@ class FileHistory(History):
             return
         try:
             self._writer.execute("BEGIN IMMEDIATE")
-            self._writer.executemany("INSERT INTO lines VALUES (?, ?, ?, ?, ?)", self._rows(lines))
+            self._insert(lines)
             if bans is not None:
                 self._writer.execute("DELETE FROM bans")
                 self._writer.executemany(
@@ -363,10 +364,17 @@ class FileHistory(History):
             f" INSERT INTO room VALUES ('{self.fmt}'); COMMIT;"
         )
 
-    def _rows(self, lines: list[bytes]) -> Iterator[tuple[int, float, str, str, str]]:
+    def _insert(self, lines: list[bytes]) -> None:
+        """Insert lines many at a time: each statement lets go of the interpreter once."""
         now = time.time()
-        for position, line in enumerate(lines, self.end):
-            yield position, now, *protocol.parts(line.decode(self.fmt))
+        texts = b"\n".join(lines).decode(self.fmt).split("\n") if lines else []
+        rows = [(p, now, *protocol.parts(text)) for p, text in enumerate(texts, self.end)]
+        for first in range(0, len(rows), ROWS):
+            some = rows[first : first + ROWS]
+            self._writer.execute(
+                "INSERT INTO lines VALUES " + ", ".join(["(?, ?, ?, ?, ?)"] * len(some)),
+                list(itertools.chain.from_iterable(some)),
+            )
 
 
 def _line(kind: str, name: str, text: str) -> str:
