@@ -42,7 +42,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -55,6 +55,7 @@ except ImportError:  # Windows has neither
 import protocol
 from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsConnection, Waker
 
+SLICE = 100  # clients served, in a millisecond or so, before a round takes in what came meanwhile
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
 BREATH = 1.25  # times its own length, so that a fifth of a core is left for those who speak
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
@@ -97,6 +98,8 @@ class History:
     Positions only grow.  The last `retained` lines can be read again.  The
     broadcaster appends; any thread reads.
     """
+
+    durable = False  # a line appended is safe, which takes its time
 
     def __init__(self, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
         self.fmt = fmt
@@ -213,6 +216,7 @@ class FileHistory(History):
     `HistoryError` when the file cannot be used.
     """
 
+    durable = True
     APPLICATION = 0x43686174  # "Chat", in the file's header
     VERSION = 1
     SCHEMA = """
@@ -576,6 +580,8 @@ class Room:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._waker, selectors.EVENT_READ, None)
         self._due: set[Client] = set()  # whom the next round serves in any case
+        self._heard = history.end  # whoever is not behind has heard all before this position
+        self._has_forgotten = False  # somebody of `clients` is forgotten
         self._stop_at: float | None = None  # when the broadcaster gives up delivering
         self._ended = False  # no round follows
         self._storing = True  # the last round was
@@ -788,51 +794,67 @@ class Room:
     def _wait(self) -> list[Client]:
         """Wait until something happened; return the clients whose sockets have room again."""
         timeout = None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
+        if self._heard < self.history.end:
+            timeout = 0.0
         return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
 
     def _all_delivered(self) -> bool:
         if self._stop_at is None:
             return False
-        waiting = self._queue or self._due or any(c.watched or c.fetching for c in self.clients)
+        waiting = (
+            self._queue
+            or self._due
+            or self._heard < self.history.end
+            or any(client.watched or client.fetching for client in self.clients)
+        )
         return not waiting or time.monotonic() > self._stop_at
 
     def _round(self, writable: list[Client]) -> None:
-        """Give positions to what has come, then let everyone hear it."""
+        """Give positions to what has come, then let everyone hear it.
+
+        What comes while a large room is being served is taken in on the way, so that
+        those who are still to be served hear it too.
+        """
+        self._due.update(writable)
+        self._place_all()
+        end = self.history.end
+        if self._heard < end:
+            for first in range(0, len(self.clients), SLICE):
+                if self._queue and not self.history.durable:
+                    self._place_all()
+                self._serve_all(self.clients[first : first + SLICE])
+                self._serve_due()
+            self._heard = end
+        self._serve_due()
+        if self._has_forgotten:
+            self.clients = [client for client in self.clients if not client.forgotten]
+            self._has_forgotten = False
+
+    def _place_all(self) -> None:
+        """Store the room's lines that have come, and put all else in its place among them."""
         self._waker.clear()
         with self._lock:
             entries, self._queue = self._queue, []
             bans = self.bans if self._bans_changed else None
             self._bans_changed = False
         try:
+            said = (entry.lines for entry in entries if isinstance(entry, Said))
+            lines = list(itertools.chain.from_iterable(said))
             position = self.history.end
-            lines = self._place_all(entries, bans)
-            if position < self.history.end:
-                self._serve_all(position)
-            self._due.update(writable)
-            while self._due:
-                self._serve(self._due.pop())
-            self._log_said(lines)
+            stored = self._store(lines, bans)
+            for entry in entries:
+                if not isinstance(entry, Said):
+                    self._place(entry, position)
+                elif stored:
+                    position += len(entry.lines)
+                elif entry.author is not None:
+                    self._refuse(entry.author, len(entry.lines), position)
+            if stored:
+                self._log_said(lines)
         finally:
-            if any(isinstance(entry, Left) for entry in entries):
-                self.clients = [client for client in self.clients if not client.forgotten]
             with self._lock:
                 self._placed += sum(map(_size, entries))
                 self._round_over.notify_all()
-
-    def _place_all(self, entries: list[Entry], bans: list[Ban] | None) -> list[bytes]:
-        """Store the room's lines, and put everything else in its place among them."""
-        said = (entry.lines for entry in entries if isinstance(entry, Said))
-        lines = list(itertools.chain.from_iterable(said))
-        position = self.history.end
-        stored = self._store(lines, bans)
-        for entry in entries:
-            if not isinstance(entry, Said):
-                self._place(entry, position)
-            elif stored:
-                position += len(entry.lines)
-            elif entry.author is not None:
-                self._refuse(entry.author, len(entry.lines), position)
-        return lines if stored else []
 
     def _store(self, lines: list[bytes], bans: list[Ban] | None) -> bool:
         """Append to the history; tell whether it could, and log when that changes."""
@@ -887,32 +909,41 @@ class Room:
         if not client.watched or client.until is not None:
             self._due.add(client)
 
-    def _serve_all(self, position: int) -> None:
-        """Send the lines from `position` on to all who have everything before them.
+    def _serve_all(self, clients: list[Client]) -> None:
+        """Send the room's lines to all who have everything before them.
 
         That is nearly everyone, so it is done in as few steps as possible; whoever
         needs more is left to `_serve`.
         """
-        if position < self.history.first:  # the round was longer than what is retained
-            self._due.update(client for client in self.clients if not client.watched)
-            return
-        data, end = self.history.read(position, self.history.end)
-        size, is_all = len(data), end == self.history.end
-        for client in self.clients:
-            has_all = client.position == position and not client.data and not client.outbox
-            if has_all and client.until is None:
-                client.position = end
-                try:
-                    sent = client.connection.send(data)
-                except Exception as error:
-                    self._fail(client, error)
+        history_end, position, data, end = self.history.end, -1, b"", -1
+        for client in clients:
+            if client.data or client.outbox or client.until is not None:
+                if not client.watched:
+                    self._due.add(client)
+                continue
+            if client.position != position:
+                if not self.history.first <= client.position < history_end:
+                    self._due.add(client)
                     continue
-                if sent == size and is_all:
-                    continue
-                if sent < size:
-                    client.data, client.sent = data, sent
-            if not client.watched:
+                position = client.position
+                data, end = self.history.read(position, history_end)
+            client.position = end
+            try:
+                sent = client.connection.send(data)
+            except Exception as error:
+                self._fail(client, error)
+                continue
+            if sent < len(data):
+                client.data, client.sent = data, sent
+            if sent < len(data) or end < history_end:
                 self._due.add(client)
+
+    def _serve_due(self) -> None:
+        """Serve whoever is to be served in any case, and let those who wait for it know."""
+        while self._due:
+            self._serve(self._due.pop())
+        with self._lock:
+            self._round_over.notify_all()
 
     def _serve(self, client: Client) -> None:
         """Give a client all that follows its cursor, as far as its socket takes it."""
@@ -930,6 +961,7 @@ class Room:
             leaving = client.until is not None
             self._watch(client, full and not leaving)
             client.forgotten = leaving and (full or not client.fetching)
+            self._has_forgotten = self._has_forgotten or client.forgotten
 
     def _fail(self, client: Client, error: Exception) -> None:
         """Let a client's thread find that it cannot be served any more."""

@@ -12,7 +12,7 @@ from chat import Peer, run_chat, stopping, wait_until
 
 import protocol
 import server as server_module
-from server import ChatServer
+from server import ChatServer, Said
 
 KEY = "0123456789abcdef"
 
@@ -168,6 +168,33 @@ def test_what_is_said_while_the_door_closes_is_delivered(
         bob.expect("alice: a late word")
         bob.expect(protocol.SHUTTING_DOWN)
         bob.expect_closed()
+
+
+def test_what_is_said_during_a_round_is_heard_by_those_still_to_be_served(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They get it with what the round began with, those before them in the next, all in order."""
+    monkeypatch.setattr(server_module, "SLICE", 1)
+    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
+    alice.expect("* bob joined the chat")
+    first, last = (client.connection for client in room.clients)
+    send_first, send_last, sent = first.send, last.send, []
+
+    def interrupt(data: bytes) -> int:
+        if data == b"alice: one\n":
+            room.broadcast([Said([b"bob: two"])])
+        return send_first(data)
+
+    def watch(data: bytes) -> int:
+        sent.append(data)
+        return send_last(data)
+
+    monkeypatch.setattr(first, "send", interrupt)
+    monkeypatch.setattr(last, "send", watch)
+    alice.send("one")
+    for peer in alice, bob:
+        peer.expect("alice: one", "bob: two")
+    assert sent == [b"alice: one\nbob: two\n"]
 
 
 # --- Names -------------------------------------------------------------------
