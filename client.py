@@ -23,12 +23,10 @@ import abc
 import argparse
 import contextlib
 import enum
-import hmac
 import io
 import os
 import random
 import re
-import secrets
 import selectors
 import signal
 import socket
@@ -40,9 +38,8 @@ import unicodedata
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 try:
     import termios
@@ -90,25 +87,17 @@ class OutputClosed(Exception):
     """Nobody reads what we show, as behind ``| head``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
+class Notice(NamedTuple):
     """What the client itself has to say, as ``-- text --``."""
 
     text: str
+    unsent: str = ""  # a line that was refused, which can be mended and sent again
 
     def __str__(self) -> str:
         return f"-- {self.text} --"
 
 
-@dataclass(frozen=True, slots=True)
-class Unsent(Notice):
-    """A notice that a line was refused; `line` can be mended and sent again."""
-
-    line: str
-
-
-@dataclass(slots=True, eq=False)
-class Typed:
+class Typed(NamedTuple):
     """A line on its way to the room."""
 
     text: str  # as it was typed
@@ -173,7 +162,7 @@ class ChatClient:
         self.password = password
         self.tls = tls
         self.fingerprint = fingerprint  # the certificate's, when no authority vouches for it
-        self.key = secrets.token_hex(16)  # takes our place back from a connection that is lost
+        self.key = os.urandom(16).hex()  # takes our place back from a connection that is lost
         self.position: int | None = None  # of the next line of the room
         self.present: list[str] = []  # the names here, who spoke last first
         self.live = False  # what comes is said now, and not from before our time
@@ -365,7 +354,7 @@ class ChatClient:
         try:
             connection.shake_hands(deadline)
             seen = protocol.fingerprint(connection.certificate())
-            if self.fingerprint and not hmac.compare_digest(seen, self.fingerprint):
+            if self.fingerprint and seen != self.fingerprint:
                 raise Refused(f"the certificate's fingerprint is {seen}; it is not the one given")
         except BaseException:
             connection.close()
@@ -448,8 +437,7 @@ class ChatClient:
             while self._waiting and len(self._unsent) < SEND_AHEAD:
                 if self._unconfirmed and self._unconfirmed[-1].verb == "nick":
                     return  # what follows is said under the name that the answer tells
-                item = self._waiting.popleft()
-                item.name = self.name
+                item = self._waiting.popleft()._replace(name=self.name)
                 self._unconfirmed.append(item)
                 self._unsent += self._encode(item.text)
 
@@ -569,7 +557,7 @@ class ChatClient:
             return
         self.failed += 1
         if oldest.echo is not None:
-            self._show(Unsent("the last line was not sent", oldest.text))
+            self._show(Notice("the last line was not sent", oldest.text))
 
     def _skip(self, count: int) -> None:
         """Go on behind lines of the room that we do not get."""
@@ -778,8 +766,8 @@ class Screen(abc.ABC):
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._settings)
 
     def _render(self, item: Line | Notice) -> str:
-        if isinstance(item, Unsent):
-            self.give_back(item.line)
+        if isinstance(item, Notice) and item.unsent:
+            self.give_back(item.unsent)
         chat = self.chat
         return self.look.render(item, chat.name if chat else "", live=not chat or chat.live)
 
@@ -1225,7 +1213,7 @@ def write(chat: ChatClient, screen: Screen) -> int:
                     screen.show(Notice(f"to be sent when we are back: {discreet(line)}"))
             except Refusal as refusal:
                 refused += 1
-                screen.show(Unsent(f"not sent: {refusal}", line if discreet(line) == line else ""))
+                screen.show(Notice(f"not sent: {refusal}", line if discreet(line) == line else ""))
 
 
 def _with_password(screen: Screen) -> str:

@@ -32,8 +32,7 @@ import ssl
 import textwrap
 import threading
 import time
-from dataclasses import dataclass
-from typing import AnyStr
+from typing import AnyStr, NamedTuple
 
 __version__ = "1.0.0"
 
@@ -242,8 +241,7 @@ def fold(name: str) -> str:
 # --- What the client sends ---------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Introduction:
+class Introduction(NamedTuple):
     """The answer to ``NICK``: a name and where the conversation starts for it."""
 
     name: str
@@ -289,7 +287,9 @@ def as_said(lines: list[bytes], prefix: bytes) -> bool:
     start = b"\n" + prefix
     return (
         0 < text.count(start) == len(lines)
-        and not any(start + first in text for first in (b"/", b" ", b"\n"))
+        and start + b"/" not in text
+        and start + b" " not in text
+        and start + b"\n" not in text
         and not text.translate(None, _PLAIN)
         and max(map(len, lines)) < MAX_LINE
     )
@@ -355,8 +355,7 @@ class Kind(enum.Enum):
     UNKNOWN = "unknown"  # not of this wire
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A line from the server: its kind, whose it is and what it says.
 
     `name` is empty for what the room or the server says; ``str(line)`` is the

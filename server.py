@@ -599,7 +599,8 @@ class Room:
         """
         with self._lock:
             if author is not None:
-                self._round_over.wait_for(lambda: author.gone.is_set() or self._has_space(author))
+                while not author.gone.is_set() and not self._has_space(author):
+                    self._round_over.wait()
                 if author.gone.is_set():
                     raise Gone
             self._enqueue(entries)
@@ -940,10 +941,11 @@ class Room:
 
     def _serve_due(self) -> None:
         """Serve whoever is to be served in any case, and let those who wait for it know."""
-        while self._due:
-            self._serve(self._due.pop())
-        with self._lock:
-            self._round_over.notify_all()
+        if self._due:
+            while self._due:
+                self._serve(self._due.pop())
+            with self._lock:
+                self._round_over.notify_all()
 
     def _serve(self, client: Client) -> None:
         """Give a client all that follows its cursor, as far as its socket takes it."""

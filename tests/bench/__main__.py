@@ -35,6 +35,7 @@ from servers import (
     StartError,
     bound_child,
     cores,
+    environment,
     find_program,
     make_certificate,
     running,
@@ -278,7 +279,7 @@ def time_help(client: Path) -> float:
     """Milliseconds that `client.py --help` takes from start to end."""
     started = time.monotonic()
     command = [sys.executable, str(client), "--help"]
-    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    subprocess.run(command, check=True, capture_output=True, timeout=30, env=environment())
     return (time.monotonic() - started) * 1000
 
 

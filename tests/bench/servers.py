@@ -217,6 +217,11 @@ def bound_child(where: set[int]) -> Callable[[], None]:
     return prepare
 
 
+def environment() -> dict[str, str]:
+    """Return the environment of a program under test: Python keeps what it has compiled."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
@@ -258,6 +263,7 @@ def running(contender: Contender, setup: Setup, folder: Path) -> Iterator[Server
         process = subprocess.Popen(
             command,
             cwd=folder,
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
