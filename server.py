@@ -57,7 +57,7 @@ from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsC
 
 SLICE = 100  # clients served, in a millisecond or so, before a round takes in what came meanwhile
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
-BREATH = 1.25  # times its own length, so that a fifth of a core is left for those who speak
+REST = 0.25  # of its length after a longer one, and at most ROUND, for those who speak
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
 ROWS = 199  # lines inserted by a statement, five values each; older SQLites take 999 in all
 PAGE = 500  # lines read from the file at once for who is behind
@@ -371,14 +371,13 @@ class FileHistory(History):
     def _insert(self, lines: list[bytes]) -> None:
         """Insert lines many at a time: each statement lets go of the interpreter once."""
         now = time.time()
-        texts = b"\n".join(lines).decode(self.fmt).split("\n") if lines else []
-        rows = [(p, now, *protocol.parts(text)) for p, text in enumerate(texts, self.end)]
-        for first in range(0, len(rows), ROWS):
-            some = rows[first : first + ROWS]
-            self._writer.execute(
-                "INSERT INTO lines VALUES " + ", ".join(["(?, ?, ?, ?, ?)"] * len(some)),
-                list(itertools.chain.from_iterable(some)),
-            )
+        for first in range(0, len(lines), ROWS):
+            some = lines[first : first + ROWS]
+            values: list[int | float | str] = []
+            for position, line in enumerate(some, self.end + first):
+                values += (position, now, *protocol.parts(line.decode(self.fmt)))
+            rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
+            self._writer.execute(f"INSERT INTO lines VALUES {rows}", values)
 
 
 def _line(kind: str, name: str, text: str) -> str:
@@ -571,6 +570,7 @@ class Room:
         self.stopping = threading.Event()
         self._queue: list[Entry] = []
         self._queued = 0  # lines ever put into the queue, of all kinds
+        self._taken = 0  # those of them that a round has taken out
         self._placed = 0  # those of them that a round has dealt with
         self._bans_changed = False
         # Guards names, bans, the queue and what clients are owed; never held over I/O.
@@ -784,7 +784,8 @@ class Room:
                 start = time.monotonic()
                 next_round = start + ROUND  # should the round fail
                 self._round(writable)
-                next_round = start + max(ROUND, (time.monotonic() - start) * BREATH)
+                end = time.monotonic()
+                next_round = max(start + ROUND, end + min((end - start) * REST, ROUND))
             except Exception:
                 log.exception("a round failed; the room goes on")
                 time.sleep(ROUND)
@@ -817,19 +818,24 @@ class Room:
         those who are still to be served hear it too.
         """
         self._due.update(writable)
-        self._place_all()
-        end = self.history.end
-        if self._heard < end:
-            for first in range(0, len(self.clients), SLICE):
-                if self._queue and not self.history.durable:
-                    self._place_all()
-                self._serve_all(self.clients[first : first + SLICE])
-                self._serve_due()
-            self._heard = end
-        self._serve_due()
-        if self._has_forgotten:
-            self.clients = [client for client in self.clients if not client.forgotten]
-            self._has_forgotten = False
+        try:
+            self._place_all()
+            end = self.history.end
+            if self._heard < end:
+                for first in range(0, len(self.clients), SLICE):
+                    if self._queue and not self.history.durable:
+                        self._place_all()
+                    self._serve_all(self.clients[first : first + SLICE])
+                    self._serve_due()
+                self._heard = end
+            self._serve_due()
+        finally:
+            if self._has_forgotten:
+                self.clients = [client for client in self.clients if not client.forgotten]
+                self._has_forgotten = False
+            with self._lock:
+                self._placed = self._taken
+                self._round_over.notify_all()
 
     def _place_all(self) -> None:
         """Store the room's lines that have come, and put all else in its place among them."""
@@ -838,24 +844,20 @@ class Room:
             entries, self._queue = self._queue, []
             bans = self.bans if self._bans_changed else None
             self._bans_changed = False
-        try:
-            said = (entry.lines for entry in entries if isinstance(entry, Said))
-            lines = list(itertools.chain.from_iterable(said))
-            position = self.history.end
-            stored = self._store(lines, bans)
-            for entry in entries:
-                if not isinstance(entry, Said):
-                    self._place(entry, position)
-                elif stored:
-                    position += len(entry.lines)
-                elif entry.author is not None:
-                    self._refuse(entry.author, len(entry.lines), position)
-            if stored:
-                self._log_said(lines)
-        finally:
-            with self._lock:
-                self._placed += sum(map(_size, entries))
-                self._round_over.notify_all()
+            self._taken = self._queued
+        said = (entry.lines for entry in entries if isinstance(entry, Said))
+        lines = list(itertools.chain.from_iterable(said))
+        position = self.history.end
+        stored = self._store(lines, bans)
+        for entry in entries:
+            if not isinstance(entry, Said):
+                self._place(entry, position)
+            elif stored:
+                position += len(entry.lines)
+            elif entry.author is not None:
+                self._refuse(entry.author, len(entry.lines), position)
+        if stored:
+            self._log_said(lines)
 
     def _store(self, lines: list[bytes], bans: list[Ban] | None) -> bool:
         """Append to the history; tell whether it could, and log when that changes."""
@@ -940,12 +942,9 @@ class Room:
                 self._due.add(client)
 
     def _serve_due(self) -> None:
-        """Serve whoever is to be served in any case, and let those who wait for it know."""
-        if self._due:
-            while self._due:
-                self._serve(self._due.pop())
-            with self._lock:
-                self._round_over.notify_all()
+        """Serve whoever is to be served in any case."""
+        while self._due:
+            self._serve(self._due.pop())
 
     def _serve(self, client: Client) -> None:
         """Give a client all that follows its cursor, as far as its socket takes it."""
