@@ -110,12 +110,11 @@ SCENARIOS = (
     Scenario("flood-100", "100 clients flood each other", clients=100, senders=100, watchers=4),
     Scenario(
         "flood-stuck",
-        "1 client floods 100 and one that never reads",
+        "1 client floods 101, until one of them stops reading",
         clients=101,
         senders=1,
         watchers=4,
         stuck=1,
-        beside="flood-1",
     ),
     Scenario(
         "flood-durable",
@@ -244,7 +243,8 @@ def remark(row: Row, scenario: Scenario) -> None:
         row.failed = "no line got through"
     if scenario.stuck and not row.failed:
         fate = "dropped" if row.figures.get("stuck_dropped") else "kept"
-        row.remarks.append(f"the stuck reader was {fate}")
+        share = row.figures.get("of_before", 0.0)
+        row.remarks.append(f"{share:.2f} of before it stopped; the stuck reader was {fate}")
     wanted = scenario.clients + scenario.stuck
     if not row.failed and row.figures.get("clients", wanted) < wanted:
         row.remarks.append(f"with {row.figures['clients']:,.0f} clients")

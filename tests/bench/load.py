@@ -63,8 +63,11 @@ BLOCK = 64
 FLOOD_BUFFER = 64 * 1024
 """Send buffer of a flooding sender: what waits in its own kernel is not the server's delay."""
 
-STUCK_BUFFER = 4096
-"""Receive buffer of a reader that never reads, so that it fills soon."""
+STUCK_BUFFER = 256 * 1024
+"""Receive buffer of a reader that is to stop, so that it fills soon, and not before."""
+
+STUCK_AFTER = 2.0
+"""Seconds of a flood in which a reader that has stopped fills its buffers and the server's."""
 
 QUIET = 0.2
 """Seconds without a byte for anyone after which a room has settled."""
@@ -123,7 +126,7 @@ class Job:
     """One scenario on one server.
 
     `rate` is lines a second of all senders together, 0 for a flood; the first
-    `senders` clients send. `stuck` clients more never read. `echo` says whether
+    `senders` clients send. `stuck` clients more stop reading when half is over. `echo` says whether
     an author gets its own line back. All times are seconds.
     """
 
@@ -383,8 +386,9 @@ class Room:
         member.opening = b""
         self.joining.discard(member)
         self.leave_alone(member)
-        if len(self.stuck) < self.job.stuck and member in self.members[self.job.clients :]:
+        if member in self.members[self.job.clients :]:
             self.stuck.append(member)
+            self.rota.append((member, self.discard))
         elif self.tls:
             self.watch(member)
         else:
@@ -394,7 +398,7 @@ class Room:
     def appoint_watchers(self) -> None:
         """Take the watchers out of the crowd: the first to join, the last, and between."""
         everyone, self.crowd = self.crowd, []
-        self.rota.clear()
+        self.rota = [(member, self.discard) for member in self.stuck]
         count = min(self.job.watchers, len(everyone))
         chosen = {round(i * (len(everyone) - 1) / max(1, count - 1)) for i in range(count)}
         for index, member in enumerate(everyone):
@@ -562,6 +566,11 @@ class Room:
             member.received = member.marks = member.marked_bytes = 0
         self.heard = Heard()
 
+    def stop_reading(self) -> None:
+        """Let those who are to be stuck read no more."""
+        self.rota = [turn for turn in self.rota if turn[0] not in self.stuck]
+        self.next_reader = 0
+
     def stuck_dropped(self) -> int:
         """Count the stuck readers that the server has thrown out."""
         return sum(self.was_dropped(member) for member in self.stuck)
@@ -656,13 +665,26 @@ def measure_rate(room: Room) -> dict[str, float]:
 
 
 def measure_flood(room: Room) -> dict[str, float]:
-    """Flood, and count over a window that begins when all buffers are full."""
-    job = room.job
+    """Flood, and count over a window that begins when all buffers are full.
+
+    With a reader that stops, over one before it does and one when it has.
+    """
     room.start_flood()
-    room.run_for(job.seconds / 4)
+    room.run_for(room.job.seconds / 4)
+    if not room.stuck:
+        return measure_window(room)
+    before = measure_window(room)["deliveries_per_s"]
+    room.stop_reading()
+    room.run_for(STUCK_AFTER)
+    figures = measure_window(room)
+    return {**figures, "of_before": figures["deliveries_per_s"] / before if before else 0.0}
+
+
+def measure_window(room: Room) -> dict[str, float]:
+    """Count what is delivered for as long as the job says."""
     room.forget()
-    clock = Clock(job.pid)
-    room.run_for(job.seconds)
+    clock = Clock(room.job.pid)
+    room.run_for(room.job.seconds)
     figures = clock.figures()
     delivered = room.deliveries()
     missed = room.heard.missed
