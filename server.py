@@ -913,23 +913,25 @@ class Room:
             self._due.add(client)
 
     def _serve_all(self, clients: list[Client]) -> None:
-        """Send the room's lines to all who have everything before them.
+        """Send the room's lines to those of some clients who have everything before them.
 
         That is nearly everyone, so it is done in as few steps as possible; whoever
         needs more is left to `_serve`.
         """
-        history_end, position, data, end = self.history.end, -1, b"", -1
+        room_end, position, data, end = self.history.end, -1, b"", -1
         for client in clients:
             if client.data or client.outbox or client.until is not None:
                 if not client.watched:
                     self._due.add(client)
                 continue
             if client.position != position:
-                if not self.history.first <= client.position < history_end:
+                if client.position == room_end:
+                    continue
+                if client.position < self.history.first:
                     self._due.add(client)
                     continue
                 position = client.position
-                data, end = self.history.read(position, history_end)
+                data, end = self.history.read(position, room_end)
             client.position = end
             try:
                 sent = client.connection.send(data)
@@ -938,7 +940,7 @@ class Room:
                 continue
             if sent < len(data):
                 client.data, client.sent = data, sent
-            if sent < len(data) or end < history_end:
+            if sent < len(data) or end < room_end:
                 self._due.add(client)
 
     def _serve_due(self) -> None:

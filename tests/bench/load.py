@@ -66,9 +66,6 @@ FLOOD_BUFFER = 64 * 1024
 STUCK_BUFFER = 256 * 1024
 """Receive buffer of a reader that is to stop, so that it fills soon, and not before."""
 
-STUCK_AFTER = 2.0
-"""Seconds of a flood in which a reader that has stopped fills its buffers and the server's."""
-
 QUIET = 0.2
 """Seconds without a byte for anyone after which a room has settled."""
 
@@ -190,6 +187,12 @@ def cpu_seconds(pid: int) -> float:
     as clock_getcpuclockid(3) makes it.
     """
     return time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)
+
+
+def stolen_seconds() -> float:
+    """Seconds of all cores in which a virtual machine was not allowed to run."""
+    steal = Path("/proc/stat").read_text().split(None, 9)[8]
+    return int(steal) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_bytes(pid: int) -> int:
@@ -592,9 +595,10 @@ class Clock:
     started: float = 0.0
     server: float = 0.0
     load: float = 0.0
+    stolen: float = 0.0
 
     def __post_init__(self) -> None:
-        self.started = time.monotonic()
+        self.started, self.stolen = time.monotonic(), stolen_seconds()
         self.server, self.load = cpu_seconds(self.pid), time.process_time()
 
     def figures(self) -> dict[str, float]:
@@ -605,6 +609,7 @@ class Clock:
             "server_cpu_s": used,
             "server_core": used / wall,
             "load_core": (time.process_time() - self.load) / wall,
+            "stolen": (stolen_seconds() - self.stolen) / wall / (os.cpu_count() or 1),
         }
 
 
@@ -667,7 +672,8 @@ def measure_rate(room: Room) -> dict[str, float]:
 def measure_flood(room: Room) -> dict[str, float]:
     """Flood, and count over a window that begins when all buffers are full.
 
-    With a reader that stops, over one before it does and one when it has.
+    With a reader that stops, over one before it does, and one that begins when half as
+    much time again has filled its buffers and the server's.
     """
     room.start_flood()
     room.run_for(room.job.seconds / 4)
@@ -675,7 +681,7 @@ def measure_flood(room: Room) -> dict[str, float]:
         return measure_window(room)
     before = measure_window(room)["deliveries_per_s"]
     room.stop_reading()
-    room.run_for(STUCK_AFTER)
+    room.run_for(room.job.seconds / 2)
     figures = measure_window(room)
     return {**figures, "of_before": figures["deliveries_per_s"] / before if before else 0.0}
 

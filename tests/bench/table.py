@@ -9,6 +9,9 @@ from pathlib import Path
 OVERLOAD = 0.9
 """Share of its core above which the load, not the server, may have been the limit."""
 
+DISTURBED = 0.02
+"""Share of the time that others had of the machine above which figures are said to suffer."""
+
 KEPT_UP = 0.97
 """Share of the deliveries due below which a server is said to have failed to deliver."""
 
@@ -97,6 +100,8 @@ def remarks_on(figures: dict[str, float]) -> list[str]:
         said.append(f"the two counts differ by {error * 100:.1f} %")
     if figures.get("load_core", 0) > OVERLOAD:
         said.append(f"! the load was the limit: {percent(figures['load_core'])} of its core")
+    if (stolen := figures.get("stolen", 0)) > DISTURBED:
+        said.append(f"! the host took {percent(stolen)} of the time away")
     return said
 
 
