@@ -62,6 +62,8 @@ LEAVE_TIMEOUT = 3.0  # seconds for the server to say goodbye
 MAX_WAITING = 10_000  # lines not yet broadcast; with more, `send` waits
 MAX_TEXT = protocol.MAX_LINE - protocol.MAX_NAME - 2  # bytes, so that any name fits before it
 SEND_AHEAD = 16 * 1024  # bytes given to the socket at once
+# By which `receive` tells the main thread that it is over; SIGTERM may be ignored.
+ENDED = getattr(signal, "SIGUSR2", signal.SIGTERM)
 
 
 # --- What happens ------------------------------------------------------------
@@ -1236,6 +1238,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), lambda number, frame: _leave(screen))
+    signal.signal(ENDED, lambda number, frame: _leave(screen))
     try:
         return _converse(screen, options)
     except (KeyboardInterrupt, OutputClosed):
@@ -1374,9 +1377,9 @@ def _interrupt_main(screen: Screen) -> None:
     """Make the main thread stop reading, whatever it waits for."""
     while not screen.leaving.is_set():
         if hasattr(signal, "pthread_kill"):
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            signal.pthread_kill(threading.main_thread().ident or 0, ENDED)
         else:
-            _thread.interrupt_main(signal.SIGTERM)
+            _thread.interrupt_main(ENDED)
         screen.leaving.wait(0.05)  # and again: readline can miss a signal
 
 

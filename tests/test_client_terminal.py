@@ -193,6 +193,22 @@ def test_killed(opened: Open) -> None:
         assert "Traceback" not in terminal.screen.text()
 
 
+@pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])
+def test_put_out(opened: Open, disposition: signal.Handlers) -> None:
+    """Who is kicked is told why and gets the shell back, also where SIGTERM is ignored."""
+    inherited = signal.signal(signal.SIGTERM, disposition)
+    try:
+        with run_chat() as server, opened(server.port) as terminal:
+            bob = Peer(server.port).join("bob")
+            enter(terminal, bob)
+            server.put_out(server.find("alice"), server.find("bob"), "enough")
+            assert terminal.wait() == 1
+            assert_sane(terminal)
+            assert "you were kicked by bob: enough" in terminal.screen.text()
+    finally:
+        signal.signal(signal.SIGTERM, inherited)
+
+
 def test_window_closed(opened: Open) -> None:
     """Closing the window ends the program, and the room sees it leave."""
     with run_chat() as server, opened(server.port) as terminal:
