@@ -215,7 +215,7 @@ def escape(data: bytes | str, fmt: str = FORMAT) -> str:
 
 _NAME = rf"[A-Za-z][A-Za-z0-9_-]{{0,{MAX_NAME - 1}}}"
 _NAME_ALONE = re.compile(_NAME)
-_is_name = functools.lru_cache(1024)(_NAME_ALONE.fullmatch)  # the same people say line after line
+_is_name = functools.lru_cache(256)(_NAME_ALONE.fullmatch)  # most lines are of the same people
 RESERVED = frozenset({"server"})
 
 

@@ -7,12 +7,13 @@ or, from Python::
     with ChatServer(port=0) as server:
         print("listening on port", server.port)
 
-A message goes from socket to socket through this file from top to bottom.
+The file is built from the ground up: history, clients, room, commands, server.
+A message comes in at the top floor and goes down and up again:
 `ChatServer.receive` accepts a connection and starts `ChatServer.handle` in a
 thread of its own, which reads lines and puts them into the room's queue with
-`Room.broadcast`.  The broadcaster thread takes the queue in rounds, appends the
-room's lines to the `History`, and gives each client all that follows the
-client's cursor.  Nothing but the broadcaster writes to a client that has
+`Room.broadcast`.  The broadcaster thread takes the queue in rounds (`Room._run`),
+appends the room's lines to the `History`, and gives each client all that follows
+the client's cursor.  Nothing but the broadcaster writes to a client that has
 joined, so a client that does not read delays nobody.
 """
 
@@ -57,7 +58,7 @@ from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsC
 
 SLICE = 100  # clients served, in a millisecond or so, before a round takes in what came meanwhile
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
-REST = 0.25  # of its length after a longer one, and at most ROUND, for those who speak
+REST = 0.25  # of a round's length is rested after it, ROUND at most, so that others can run
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
 ROWS = 199  # lines inserted by a statement, five values each; older SQLites take 999 in all
 PAGE = 500  # lines read from the file at once for who is behind
@@ -92,14 +93,20 @@ class NotStored(Exception):
     """The history's file takes no more; nothing of what was to be appended has a position."""
 
 
+def _block(lines: list[bytes]) -> bytes:
+    """Return lines as they are sent, each with its newline."""
+    return b"\n".join([*lines, b""])
+
+
 class History:
     """The room's lines in order, each at an absolute position.
 
     Positions only grow.  The last `retained` lines can be read again.  The
-    broadcaster appends; any thread reads.
+    broadcaster appends; any thread reads.  Lines have no newline here; what `read`
+    returns is to be sent, and has.
     """
 
-    durable = False  # a line appended is safe, which takes its time
+    durable = False  # `append` waits for the disk
 
     def __init__(self, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
         self.fmt = fmt
@@ -201,11 +208,6 @@ class Ban:
         if self.until:
             until = f"until {time.strftime(STAMP, time.localtime(self.until))}"
         return until + (f": {self.reason}" if self.reason else "")
-
-
-def _block(lines: list[bytes]) -> bytes:
-    """Return lines as they are sent, each with its newline."""
-    return b"\n".join([*lines, b""])
 
 
 class FileHistory(History):
@@ -369,7 +371,7 @@ class FileHistory(History):
         )
 
     def _insert(self, lines: list[bytes]) -> None:
-        """Insert lines many at a time: each statement lets go of the interpreter once."""
+        """Insert lines many at a time: each statement releases the interpreter's lock once."""
         now = time.time()
         for first in range(0, len(lines), ROWS):
             some = lines[first : first + ROWS]
@@ -510,7 +512,7 @@ class Told:
     """A line for one client alone."""
 
     client: Client
-    line: bytes
+    line: bytes  # with its newline
 
 
 @dataclass(slots=True)
@@ -580,7 +582,9 @@ class Room:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._waker, selectors.EVENT_READ, None)
         self._due: set[Client] = set()  # whom the next round serves in any case
-        self._heard = history.end  # whoever is not behind has heard all before this position
+        # All before this position was offered to every client; while it is under the
+        # history's end, a round is due.
+        self._heard = history.end
         self._has_forgotten = False  # somebody of `clients` is forgotten
         self._stop_at: float | None = None  # when the broadcaster gives up delivering
         self._ended = False  # no round follows
@@ -613,7 +617,7 @@ class Room:
             self._round_over.wait_for(lambda: self._placed >= queued or self._ended)
 
     def line(self, text: str) -> bytes:
-        """Return a line as it goes out, of text that was checked when it came in."""
+        """Return a line as it is sent, of text that was checked when it came in."""
         return f"{text}\n".encode(self.fmt)
 
     def said(self, text: str, author: Client | None = None) -> Said:
@@ -785,7 +789,8 @@ class Room:
                 next_round = start + ROUND  # should the round fail
                 self._round(writable)
                 end = time.monotonic()
-                next_round = max(start + ROUND, end + min((end - start) * REST, ROUND))
+                rest = min((end - start) * REST, ROUND)
+                next_round = max(start + ROUND, end + rest)
             except Exception:
                 log.exception("a round failed; the room goes on")
                 time.sleep(ROUND)
@@ -796,7 +801,7 @@ class Room:
     def _wait(self) -> list[Client]:
         """Wait until something happened; return the clients whose sockets have room again."""
         timeout = None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
-        if self._heard < self.history.end:
+        if self._due or self._heard < self.history.end:
             timeout = 0.0
         return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
 
@@ -815,20 +820,23 @@ class Room:
         """Give positions to what has come, then let everyone hear it.
 
         What comes while a large room is being served is taken in on the way, so that
-        those who are still to be served hear it too.
+        those who are still to be served hear it too.  Who joins on the way is due.
         """
         self._due.update(writable)
+        start = self.history.end
         try:
             self._place_all()
             end = self.history.end
             if self._heard < end:
                 for first in range(0, len(self.clients), SLICE):
+                    # A commit for each slice would keep everyone waiting for the disk.
                     if self._queue and not self.history.durable:
                         self._place_all()
-                    self._serve_all(self.clients[first : first + SLICE])
+                    self._serve_slice(self.clients[first : first + SLICE])
                     self._serve_due()
-                self._heard = end
+                self._heard = end  # those served first have not had what came on the way
             self._serve_due()
+            self._log_said(start)
         finally:
             if self._has_forgotten:
                 self.clients = [client for client in self.clients if not client.forgotten]
@@ -846,9 +854,8 @@ class Room:
             self._bans_changed = False
             self._taken = self._queued
         said = (entry.lines for entry in entries if isinstance(entry, Said))
-        lines = list(itertools.chain.from_iterable(said))
         position = self.history.end
-        stored = self._store(lines, bans)
+        stored = self._store(list(itertools.chain.from_iterable(said)), bans)
         for entry in entries:
             if not isinstance(entry, Said):
                 self._place(entry, position)
@@ -856,8 +863,6 @@ class Room:
                 position += len(entry.lines)
             elif entry.author is not None:
                 self._refuse(entry.author, len(entry.lines), position)
-        if stored:
-            self._log_said(lines)
 
     def _store(self, lines: list[bytes], bans: list[Ban] | None) -> bool:
         """Append to the history; tell whether it could, and log when that changes."""
@@ -868,7 +873,8 @@ class Room:
                 unforeseen = not isinstance(error, NotStored)
                 log.error("cannot store what is said: %s", error, exc_info=unforeseen)
             self._storing = False
-            self._bans_changed = self._bans_changed or bans is not None
+            if bans is not None:
+                self._bans_changed = True
             return False
         if lines and not self._storing:
             log.info("what is said is stored again")
@@ -912,16 +918,18 @@ class Room:
         if not client.watched or client.until is not None:
             self._due.add(client)
 
-    def _serve_all(self, clients: list[Client]) -> None:
+    def _serve_slice(self, clients: list[Client]) -> None:
         """Send the room's lines to those of some clients who have everything before them.
 
-        That is nearly everyone, so it is done in as few steps as possible; whoever
-        needs more is left to `_serve`.
+        That is nearly everyone, so it is done in as few steps as possible: who stands
+        where the one before stood gets the same bytes.  Whoever needs more is left to
+        `_serve`.
         """
-        room_end, position, data, end = self.history.end, -1, b"", -1
+        room_end = self.history.end
+        position, data, end = -1, b"", -1  # where the one before stood, and what it got
         for client in clients:
             if client.data or client.outbox or client.until is not None:
-                if not client.watched:
+                if not client.watched and not client.forgotten:
                     self._due.add(client)
                 continue
             if client.position != position:
@@ -958,13 +966,12 @@ class Room:
                 full = client.sent < len(client.data)
                 if not full:
                     self._finish(client)
+            self._watch(client, full and client.until is None)
         except Exception as error:
+            self._watch(client, False)
             self._fail(client, error)
-        finally:
-            leaving = client.until is not None
-            self._watch(client, full and not leaving)
-            client.forgotten = leaving and (full or not client.fetching)
-            self._has_forgotten = self._has_forgotten or client.forgotten
+        client.forgotten = client.until is not None and (full or not client.fetching)
+        self._has_forgotten = self._has_forgotten or client.forgotten
 
     def _fail(self, client: Client, error: Exception) -> None:
         """Let a client's thread find that it cannot be served any more."""
@@ -1045,10 +1052,14 @@ class Room:
             self._selector.unregister(client.connection)
         client.watched = watched
 
-    def _log_said(self, lines: list[bytes]) -> None:
+    def _log_said(self, position: int) -> None:
+        """Log the room's lines from a position on, when everyone has them."""
         if log.isEnabledFor(logging.DEBUG):
-            for line in lines:
-                log.debug("%s", protocol.escape(line, self.fmt))
+            position = max(position, self.history.first)
+            while position < self.history.end:
+                data, position = self.history.read(position, self.history.end)
+                for line in data.split(b"\n")[:-1]:
+                    log.debug("%s", protocol.escape(line, self.fmt))
 
 
 def _size(entry: Entry) -> int:
