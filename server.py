@@ -1589,10 +1589,7 @@ def _is_loopback(host: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Run the server until a signal ends it; return the exit status."""
     options = _parser().parse_args(arguments)
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() may be called by a handler
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), lambda number, _: signals.put(number))
+    signals = _signals()
     threading.stack_size(STACK)
     try:
         console = Console(options.log_file, options.verbose)
@@ -1605,14 +1602,24 @@ def main(arguments: list[str] | None = None) -> int:
         console.finish()
         return _fail(error, options)
     with server:
-        while signals.empty():
-            with contextlib.suppress(queue.Empty):
-                # Windows looks at signals only between two calls.
-                signals.get(timeout=1.0 if sys.platform == "win32" else None)
-                break
+        signals.recv(1)
     if not console.finish():
         os._exit(0)  # its thread is stuck in a write, and would hold up the exit
     return 0
+
+
+def _signals() -> socket.socket:
+    """Return a socket that gets a byte for each signal that asks the server to end.
+
+    One that comes just before the main thread waits would be lost on a lock or queue.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), lambda number, frame: None)
+    return reader
 
 
 def _server(options: argparse.Namespace) -> ChatServer:
