@@ -129,8 +129,7 @@ class Peer:
     def _read_line(self) -> str | None:
         deadline = time.monotonic() + DEADLINE
         while b"\n" not in self._input and not self._ended:
-            readable = select.select([self.sock], [], [], max(0.0, deadline - time.monotonic()))[0]
-            assert readable, f"no line came in {DEADLINE} seconds; unfinished: {self._input!r}"
+            self._wait_for_bytes(deadline)
             try:
                 data = self.sock.recv(65536)
             except ConnectionError:
@@ -141,6 +140,10 @@ class Peer:
             return None
         line, _, self._input = self._input.partition(b"\n")
         return line.decode("utf-8", "backslashreplace")
+
+    def _wait_for_bytes(self, deadline: float) -> None:
+        readable = select.select([self.sock], [], [], max(0.0, deadline - time.monotonic()))[0]
+        assert readable, f"no line came in {DEADLINE} seconds; unfinished: {self._input!r}"
 
     def expect(self, *lines: str) -> None:
         """Expect these lines next, exactly."""

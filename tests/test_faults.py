@@ -216,12 +216,8 @@ def test_fifty_may_vanish_at_once(room: ChatServer) -> None:
 # --- Faults inside -----------------------------------------------------------
 
 
-def test_a_fault_in_a_round_does_not_end_the_room(
-    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """After a round that failed people talk, ask, come and leave as before."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+def fail_next_round(room: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next round in which there is something to store raise what nobody expected."""
     append, faults = room.history.append, [ValueError("a fault of the test")]
 
     def append_or_raise(lines: list[bytes], bans: object = None) -> None:
@@ -230,6 +226,15 @@ def test_a_fault_in_a_round_does_not_end_the_room(
         append(lines)
 
     monkeypatch.setattr(room.history, "append", append_or_raise)
+
+
+def test_a_fault_in_a_round_does_not_end_the_room(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a round that failed people talk, ask, come and leave as before."""
+    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
+    alice.expect("* bob joined the chat")
+    fail_next_round(room, monkeypatch)
     alice.send("maybe lost")
     wait_until(lambda: "a fault of the test" in caplog.text, "the fault to be logged")
     alice.send("not lost")
@@ -249,14 +254,7 @@ def test_a_fault_in_the_round_in_which_somebody_leaves(
     """Who leaves in a round that fails is gone all the same."""
     alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
     alice.expect("* bob joined the chat")
-    append, faults = room.history.append, [ValueError("a fault of the test")]
-
-    def append_or_raise(lines: list[bytes], bans: object = None) -> None:
-        if faults and lines:
-            raise faults.pop()
-        append(lines)
-
-    monkeypatch.setattr(room.history, "append", append_or_raise)
+    fail_next_round(room, monkeypatch)
     bob.end_input()
     wait_until(lambda: "a fault of the test" in caplog.text, "the fault to be logged")
     alice.send("hello")
@@ -382,34 +380,6 @@ def test_those_who_come_amid_a_flood_miss_nothing(room: ChatServer) -> None:
         lines = room_lines(peer.lines_until("alice: end"))
         said = [line for line in lines if line.startswith("alice: line")]
         assert said == [f"alice: line {number}" for number in range(3000)]
-
-
-def test_of_fifty_that_claim_one_name_one_gets_it(room: ChatServer) -> None:
-    """All claim it at the same moment; one is welcomed, and the others are told it is taken."""
-    peers = [Peer(room.port) for _ in range(50)]
-    for peer in peers:
-        peer.expect("NICK")
-    barrier = threading.Barrier(50)
-    outcomes = []
-
-    def claim(peer: Peer, name: str) -> None:
-        barrier.wait()
-        peer.send(name)
-        outcomes.append(peer.next_line())
-
-    names = ["alice", "Alice", "ALICE", "aLICE", "alicE"]
-    threads = [
-        threading.Thread(target=claim, args=[peer, names[number % 5]], daemon=True)
-        for number, peer in enumerate(peers)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    welcomed = [line for line in outcomes if line.startswith("-> Welcome, ")]
-    refused = [line for line in outcomes if line.endswith(" is taken; choose another")]
-    assert (len(welcomed), len(refused)) == (1, 49)
-    assert len(room.present()) == 1
 
 
 def test_of_twenty_that_want_one_new_name_one_gets_it(room: ChatServer) -> None:

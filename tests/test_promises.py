@@ -482,8 +482,10 @@ def test_nobody_speaks_under_anothers_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inside_tls", [False, True])
-def test_one_of_fifty_claims_gets_the_name(inside_tls: bool, certificate: Certificate) -> None:
-    """Of fifty that claim a name at once, one has it, and the others are told that it is taken."""
+def test_of_fifty_that_claim_one_name_one_gets_it(
+    inside_tls: bool, certificate: Certificate
+) -> None:
+    """All claim it at the same moment; one is welcomed, and the others are told it is taken."""
     with run_chat(tls=certificate.server() if inside_tls else None) as room:
         peers: list[Peer] = []
         for _ in range(50):
@@ -501,8 +503,8 @@ def test_one_of_fifty_claims_gets_the_name(inside_tls: bool, certificate: Certif
         welcomed = [line for line in answers if line.startswith("-> Welcome, ")]
         refused = [line for line in answers if re.fullmatch("-> the name .* is taken; .*", line)]
         assert (len(welcomed), len(refused)) == (1, 49)
-        joined = [line for _, line in room.history.last(100)]
-        assert len(joined) == 1
+        assert len(room.present()) == 1
+        assert len(room.history.last(100)) == 1
 
 
 # --- Memory ------------------------------------------------------------------

@@ -83,6 +83,8 @@ def make_certificate(folder: Path, host: str = "IP:127.0.0.1", passphrase: str =
 class TlsPeer(Peer):
     """A peer that speaks TLS."""
 
+    sock: ssl.SSLSocket
+
     def __init__(
         self,
         port: int,
@@ -92,21 +94,11 @@ class TlsPeer(Peer):
         buffer: int = 0,
     ) -> None:
         super().__init__(port, source=source, buffer=buffer)
-        plain, context = self.sock, certificate.client()
-        self.sock = context.wrap_socket(plain, server_hostname="127.0.0.1")
+        self.sock = certificate.client().wrap_socket(self.sock, server_hostname="127.0.0.1")
 
-    def _read_line(self) -> str | None:
-        while b"\n" not in self._input and not self._ended:
-            try:
-                data = self.sock.recv(65536)
-            except ConnectionError:
-                data = b""
-            self._ended = not data
-            self._input += data
-        if b"\n" not in self._input:
-            return None
-        line, _, self._input = self._input.partition(b"\n")
-        return line.decode("utf-8", "backslashreplace")
+    def _wait_for_bytes(self, deadline: float) -> None:
+        if not self.sock.pending():  # what is decrypted already, no descriptor tells of
+            super()._wait_for_bytes(deadline)
 
 
 class OneAtATime:
