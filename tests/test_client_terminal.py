@@ -19,6 +19,8 @@ from clients import ROOT, environment, greet, pretended, read_to_end
 from proxy import GHOST, Proxy
 from terminal import Screen, Terminal
 
+from server import ChatServer
+
 pytest.importorskip("readline")
 
 UP, LEFT, CTRL_A, CTRL_C, CTRL_D, CTRL_E = "\x1b[A", "\x1b[D", "\x01", "\x03", "\x04", "\x05"
@@ -103,6 +105,27 @@ def enter(terminal: Terminal, peer: Peer) -> None:
     terminal.wait_for(prompts("", terminal.screen.columns))
 
 
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    """An empty room."""
+    with run_chat() as chat_server:
+        yield chat_server
+
+
+@pytest.fixture
+def bob(server: ChatServer) -> Peer:
+    """Somebody in the room."""
+    return Peer(server.port).join("bob")
+
+
+@pytest.fixture
+def terminal(opened: Open, server: ChatServer, bob: Peer) -> Iterator[Terminal]:
+    """A terminal of the usual size with alice's client, who is in the room and can type."""
+    with opened(server.port) as terminal:
+        enter(terminal, bob)
+        yield terminal
+
+
 # --- Coming and going ---------------------------------------------------------
 
 
@@ -141,17 +164,14 @@ def test_name_is_asked_for_again(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("keys", [CTRL_C, CTRL_D, "/quit\r", "/QUIT\r", "/quit now\r"], ids=repr)
-def test_keys_that_leave(opened: Open, keys: str) -> None:
+def test_keys_that_leave(terminal: Terminal, bob: Peer, keys: str) -> None:
     """Ctrl-C and Ctrl-D on an empty line, and /quit, leave the room and a sane terminal."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        terminal.type(keys)
-        assert terminal.wait() == 0
-        bob.expect("* alice left the chat")
-        assert_sane(terminal)
-        assert terminal.screen.cursor[1] == 0
-        assert "Traceback" not in terminal.screen.text()
+    terminal.type(keys)
+    assert terminal.wait() == 0
+    bob.expect("* alice left the chat")
+    assert_sane(terminal)
+    assert terminal.screen.cursor[1] == 0
+    assert "Traceback" not in terminal.screen.text()
 
 
 @pytest.mark.parametrize("keys", [CTRL_C, CTRL_D], ids=repr)
@@ -165,41 +185,34 @@ def test_keys_that_leave_while_asked(opened: Open, keys: str) -> None:
         assert "Traceback" not in terminal.screen.text()
 
 
-def test_ctrl_c_clears_a_line(opened: Open) -> None:
+def test_ctrl_c_clears_a_line(terminal: Terminal, bob: Peer) -> None:
     """Ctrl-C on a half-typed line throws it away and stays."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        terminal.type("never mind")
-        terminal.wait_for(prompts("never mind"))
-        terminal.type(CTRL_C)
-        terminal.wait_for(prompts(""))
-        terminal.type("hello\r")
-        bob.expect("alice: hello")
-        assert "never mind" not in terminal.screen.text()
+    terminal.type("never mind")
+    terminal.wait_for(prompts("never mind"))
+    terminal.type(CTRL_C)
+    terminal.wait_for(prompts(""))
+    terminal.type("hello\r")
+    bob.expect("alice: hello")
+    assert "never mind" not in terminal.screen.text()
 
 
-def test_killed(opened: Open) -> None:
+def test_killed(terminal: Terminal, bob: Peer) -> None:
     """SIGTERM on a half-typed line leaves the room and a sane terminal."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        terminal.type("half a line")
-        terminal.wait_for(prompts("half a line"))
-        terminal.signal(signal.SIGTERM)
-        assert terminal.wait() == 0
-        bob.expect("* alice left the chat")
-        assert_sane(terminal)
-        assert "Traceback" not in terminal.screen.text()
+    terminal.type("half a line")
+    terminal.wait_for(prompts("half a line"))
+    terminal.signal(signal.SIGTERM)
+    assert terminal.wait() == 0
+    bob.expect("* alice left the chat")
+    assert_sane(terminal)
+    assert "Traceback" not in terminal.screen.text()
 
 
 @pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])
-def test_put_out(opened: Open, disposition: signal.Handlers) -> None:
+def test_put_out(opened: Open, server: ChatServer, bob: Peer, disposition: signal.Handlers) -> None:
     """Who is kicked is told why and gets the shell back, also where SIGTERM is ignored."""
     inherited = signal.signal(signal.SIGTERM, disposition)
     try:
-        with run_chat() as server, opened(server.port) as terminal:
-            bob = Peer(server.port).join("bob")
+        with opened(server.port) as terminal:
             enter(terminal, bob)
             server.put_out(server.find("alice"), server.find("bob"), "enough")
             assert terminal.wait() == 1
@@ -209,48 +222,41 @@ def test_put_out(opened: Open, disposition: signal.Handlers) -> None:
         signal.signal(signal.SIGTERM, inherited)
 
 
-def test_window_closed(opened: Open) -> None:
+def test_window_closed(terminal: Terminal, bob: Peer) -> None:
     """Closing the window ends the program, and the room sees it leave."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        terminal.hang_up()
-        bob.expect("* alice left the chat")
-        terminal.wait()
+    terminal.hang_up()
+    bob.expect("* alice left the chat")
+    terminal.wait()
 
 
 # --- Typing while others talk -------------------------------------------------
 
 
-def test_half_a_line_stays_whole(opened: Open) -> None:
+def test_half_a_line_stays_whole(terminal: Terminal, bob: Peer) -> None:
     """What is half typed stands below what comes, once, with the cursor where it was."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        terminal.type("half a line")
-        terminal.wait_for(prompts("half a line"))
-        bob.send(*(f"news {number}." for number in range(40)))
-        terminal.wait_for("news 39.")
-        terminal.wait_for(prompts("half a line"))
-        terminal.type(LEFT * 5)
-        terminal.wait_for(prompts("half a line", cursor=6))
-        bob.send("more news")
-        terminal.wait_for("more news")
-        terminal.wait_for(prompts("half a line", cursor=6))
-        text = terminal.screen.text()
-        assert text.count("half") == 1
-        shown = re.findall(r"^bob: (news \d+\.)$", text, re.MULTILINE)
-        assert shown == [f"news {number}." for number in range(40)]
-        terminal.type("\x7fX\r")
-        bob.expect_eventually("alice: half X line")
-        assert terminal.screen.unsupported == []
+    terminal.type("half a line")
+    terminal.wait_for(prompts("half a line"))
+    bob.send(*(f"news {number}." for number in range(40)))
+    terminal.wait_for("news 39.")
+    terminal.wait_for(prompts("half a line"))
+    terminal.type(LEFT * 5)
+    terminal.wait_for(prompts("half a line", cursor=6))
+    bob.send("more news")
+    terminal.wait_for("more news")
+    terminal.wait_for(prompts("half a line", cursor=6))
+    text = terminal.screen.text()
+    assert text.count("half") == 1
+    shown = re.findall(r"^bob: (news \d+\.)$", text, re.MULTILINE)
+    assert shown == [f"news {number}." for number in range(40)]
+    terminal.type("\x7fX\r")
+    bob.expect_eventually("alice: half X line")
+    assert terminal.screen.unsupported == []
 
 
-def test_half_a_line_over_several_rows(opened: Open) -> None:
+def test_half_a_line_over_several_rows(opened: Open, server: ChatServer, bob: Peer) -> None:
     """A half-typed line that wraps stays whole, also with the cursor in it and when resized."""
     half = "".join(f"{number:02} word " for number in range(14))
-    with run_chat() as server, opened(server.port, columns=40) as terminal:
-        bob = Peer(server.port).join("bob")
+    with opened(server.port, columns=40) as terminal:
         enter(terminal, bob)
         terminal.type(half + "x")
         terminal.wait_for(prompts(half + "x", 40))
@@ -270,10 +276,11 @@ def test_half_a_line_over_several_rows(opened: Open) -> None:
         terminal.wait_for(prompts("", 40))
 
 
-def test_half_a_line_when_the_window_is_resized(opened: Open) -> None:
+def test_half_a_line_when_the_window_is_resized(
+    opened: Open, server: ChatServer, bob: Peer
+) -> None:
     """After a resize what is half typed stands whole below what comes, and is sent whole."""
-    with run_chat() as server, opened(server.port, columns=40) as terminal:
-        bob = Peer(server.port).join("bob")
+    with opened(server.port, columns=40) as terminal:
         enter(terminal, bob)
         terminal.type("a line that is half typed")
         terminal.wait_for(prompts("a line that is half typed", 40))
@@ -287,41 +294,35 @@ def test_half_a_line_when_the_window_is_resized(opened: Open) -> None:
         bob.expect_eventually("alice: a line that is half typed!")
 
 
-def test_keys_typed_while_lines_pour_in(opened: Open) -> None:
+def test_keys_typed_while_lines_pour_in(terminal: Terminal, bob: Peer) -> None:
     """No key is lost or doubled while hundreds of lines arrive, and no line is."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        words = [f"w{number}" for number in range(30)]
-        for number, word in enumerate(words):
-            bob.send(*(f"news {number}-{part}." for part in range(10)))
-            terminal.type(word)
-        terminal.type("\r")
-        bob.expect_eventually("alice: " + "".join(words))
-        terminal.wait_for("news 29-9.")
-        terminal.wait_for(lambda screen: "alice: w0w1w2" in screen.text())
-        terminal.wait_for(prompts(""))
-        shown = re.findall(r"^bob: news (\d+-\d+)\.$", terminal.screen.text(), re.MULTILINE)
-        assert shown == [f"{number}-{part}" for number in range(30) for part in range(10)]
-        assert terminal.screen.unsupported == []
+    words = [f"w{number}" for number in range(30)]
+    for number, word in enumerate(words):
+        bob.send(*(f"news {number}-{part}." for part in range(10)))
+        terminal.type(word)
+    terminal.type("\r")
+    bob.expect_eventually("alice: " + "".join(words))
+    terminal.wait_for("news 29-9.")
+    terminal.wait_for(lambda screen: "alice: w0w1w2" in screen.text())
+    terminal.wait_for(prompts(""))
+    shown = re.findall(r"^bob: news (\d+-\d+)\.$", terminal.screen.text(), re.MULTILINE)
+    assert shown == [f"{number}-{part}" for number in range(30) for part in range(10)]
+    assert terminal.screen.unsupported == []
 
 
-def test_sent_line_stands_once_and_comes_back_with_up(opened: Open) -> None:
+def test_sent_line_stands_once_and_comes_back_with_up(terminal: Terminal, bob: Peer) -> None:
     """What was sent stands on the screen as the room said it, once, and Up recalls it."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        for text in ("hello", "x" * 100):
-            terminal.type(f"{text}\r")
-            bob.expect(f"alice: {text}")
-            terminal.wait_for("alice: " + text[:40])
-            terminal.wait_for(prompts(""))
-            assert terminal.screen.text().replace("\n", "").count(text) == 1
-            assert "alice> " + text[:5] not in terminal.screen.text()
-        terminal.type(UP + UP)
-        terminal.wait_for(prompts("hello"))
-        terminal.type("!\r")
-        bob.expect("alice: hello!")
+    for text in ("hello", "x" * 100):
+        terminal.type(f"{text}\r")
+        bob.expect(f"alice: {text}")
+        terminal.wait_for("alice: " + text[:40])
+        terminal.wait_for(prompts(""))
+        assert terminal.screen.text().replace("\n", "").count(text) == 1
+        assert "alice> " + text[:5] not in terminal.screen.text()
+    terminal.type(UP + UP)
+    terminal.wait_for(prompts("hello"))
+    terminal.type("!\r")
+    bob.expect("alice: hello!")
 
 
 def complete(terminal: Terminal, typed: str, wanted: str) -> None:
@@ -371,22 +372,19 @@ def test_tab_knows_who_spoke_before(opened: Open) -> None:
             complete(terminal, "be", "bea:")
 
 
-def test_paste_of_several_lines(opened: Open) -> None:
+def test_paste_of_several_lines(terminal: Terminal, bob: Peer) -> None:
     """Pasted lines are said as so many lines, once each, and leave the screen in order."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        terminal.paste("one\ntwo two\nthree")
-        terminal.wait_for("three")
-        terminal.type("\r")
-        bob.expect("alice: one", "alice: two two", "alice: three")
-        terminal.wait_for("alice: three")
-        terminal.wait_for(prompts(""))
-        shown = [line for line in terminal.screen.text().split("\n") if "alice" in line][-4:]
-        assert shown[:3] == ["alice: one", "alice: two two", "alice: three"]
-        for text in ("one", "two two", "three"):
-            assert len(re.findall(rf"\b{text}$", terminal.screen.text(), re.MULTILINE)) == 1
-        assert terminal.screen.unsupported == []
+    terminal.paste("one\ntwo two\nthree")
+    terminal.wait_for("three")
+    terminal.type("\r")
+    bob.expect("alice: one", "alice: two two", "alice: three")
+    terminal.wait_for("alice: three")
+    terminal.wait_for(prompts(""))
+    shown = [line for line in terminal.screen.text().split("\n") if "alice" in line][-4:]
+    assert shown[:3] == ["alice: one", "alice: two two", "alice: three"]
+    for text in ("one", "two two", "three"):
+        assert len(re.findall(rf"\b{text}$", terminal.screen.text(), re.MULTILINE)) == 1
+    assert terminal.screen.unsupported == []
 
 
 @pytest.mark.parametrize(
@@ -394,10 +392,11 @@ def test_paste_of_several_lines(opened: Open) -> None:
     [("grüße", "ASCII"), ("x" * 1000, "at most 997 bytes")],
     ids=["format", "length"],
 )
-def test_line_that_cannot_be_sent_comes_back(opened: Open, line: str, reason: str) -> None:
+def test_line_that_cannot_be_sent_comes_back(
+    opened: Open, server: ChatServer, bob: Peer, line: str, reason: str
+) -> None:
     """What the room cannot carry stands in the prompt again, with the reason above it."""
-    with run_chat() as server, opened(server.port, rows=40, columns=80) as terminal:
-        bob = Peer(server.port).join("bob")
+    with opened(server.port, rows=40, columns=80) as terminal:
         enter(terminal, bob)
         terminal.type(f"{line}\r")
         terminal.wait_for(reason)
@@ -439,32 +438,26 @@ def test_line_that_the_server_refuses_comes_back(opened: Open) -> None:
         assert terminal.wait() == 0
 
 
-def test_prompt_stands_once(opened: Open) -> None:
+def test_prompt_stands_once(terminal: Terminal, bob: Peer) -> None:
     """A line that comes at the moment when a prompt appears leaves one prompt, not two."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        for number in range(40):
-            terminal.type("\r")
-            bob.send(f"at once {number}", f"and again {number}")
-            terminal.wait_for(f"bob: and again {number}")
-            terminal.wait_for(prompts(""))
-        assert "alice> alice>" not in terminal.screen.text()
+    for number in range(40):
+        terminal.type("\r")
+        bob.send(f"at once {number}", f"and again {number}")
+        terminal.wait_for(f"bob: and again {number}")
+        terminal.wait_for(prompts(""))
+    assert "alice> alice>" not in terminal.screen.text()
 
 
-def test_suspended_terminal_goes_on(opened: Open) -> None:
+def test_suspended_terminal_goes_on(terminal: Terminal, bob: Peer) -> None:
     """Stopped and continued, it shows what came meanwhile and keeps what was half typed."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        terminal.type("half")
-        terminal.wait_for(prompts("half"))
-        terminal.signal(signal.SIGSTOP)
-        bob.send("are you there?")
-        bob.expect("bob: are you there?")
-        terminal.signal(signal.SIGCONT)
-        terminal.wait_for("bob: are you there?")
-        terminal.wait_for(prompts("half"))
+    terminal.type("half")
+    terminal.wait_for(prompts("half"))
+    terminal.signal(signal.SIGSTOP)
+    bob.send("are you there?")
+    bob.expect("bob: are you there?")
+    terminal.signal(signal.SIGCONT)
+    terminal.wait_for("bob: are you there?")
+    terminal.wait_for(prompts("half"))
 
 
 # --- How it looks --------------------------------------------------------------
@@ -505,12 +498,11 @@ def test_names_have_colours(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("how", ["--no-color", "NO_COLOR"])
-def test_no_colour(opened: Open, how: str) -> None:
+def test_no_colour(opened: Open, server: ChatServer, bob: Peer, how: str) -> None:
     """--no-color and the variable NO_COLOR leave all as plain text, and the bell."""
     options = ("--name", "alice", *(["--no-color"] if how == "--no-color" else []))
     unset = "1" if how == "NO_COLOR" else ""
-    with run_chat() as server, opened(server.port, *options, NO_COLOR=unset) as terminal:
-        bob = Peer(server.port).join("bob")
+    with opened(server.port, *options, NO_COLOR=unset) as terminal:
         enter(terminal, bob)
         terminal.type("ready\r")  # what comes before it may be of the replay, without a bell
         terminal.wait_for("alice: ready")
@@ -618,17 +610,14 @@ def test_status_line() -> None:
         assert terminal.wait() == 0
 
 
-def test_all_refused_lines_of_a_paste_come_back(opened: Open) -> None:
+def test_all_refused_lines_of_a_paste_come_back(terminal: Terminal, bob: Peer) -> None:
     """Of a paste the lines that can be said are said, and all others come back for editing."""
-    with run_chat() as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        terminal.paste("grün\nfine\nblaß")
-        terminal.wait_for("blaß")
-        terminal.type("\r")
-        bob.expect("alice: fine")
-        terminal.wait_for("alice> grün")
-        terminal.wait_for("blaß")
+    terminal.paste("grün\nfine\nblaß")
+    terminal.wait_for("blaß")
+    terminal.type("\r")
+    bob.expect("alice: fine")
+    terminal.wait_for("alice> grün")
+    terminal.wait_for("blaß")
 
 
 def test_question_for_the_operator_password_can_be_taken_back(opened: Open) -> None:
@@ -645,18 +634,15 @@ def test_question_for_the_operator_password_can_be_taken_back(opened: Open) -> N
         bob.expect("alice: still here")
 
 
-def test_ctrl_c_among_pouring_lines(opened: Open) -> None:
+def test_ctrl_c_among_pouring_lines(terminal: Terminal, bob: Peer) -> None:
     """Clearing the line again and again while lines pour in stops neither of them."""
-    with run_chat(rate_limit=0) as server, opened(server.port) as terminal:
-        bob = Peer(server.port).join("bob")
-        enter(terminal, bob)
-        for number in range(20):
-            bob.send(*(f"{number} {line}" for line in range(20)))
-            terminal.type("abc")
-            terminal.wait_for(prompts("abc"))
-            terminal.type("\x03")
-            terminal.wait_for(prompts(""))
-        bob.send("the end")
-        terminal.wait_for("bob: the end")
-        terminal.type("\x04")
-        assert terminal.wait() == 0
+    for number in range(20):
+        bob.send(*(f"{number} {line}" for line in range(20)))
+        terminal.type("abc")
+        terminal.wait_for(prompts("abc"))
+        terminal.type("\x03")
+        terminal.wait_for(prompts(""))
+    bob.send("the end")
+    terminal.wait_for("bob: the end")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
