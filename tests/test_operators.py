@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat import DEADLINE, Peer, run_briefly, run_chat, run_server, wait_until
+from chat import DEADLINE, Peer, run_briefly, run_chat, run_server, stopping, wait_until
 from clients import CLIENT, Shown, environment, say, start
 from proxy import Proxy
 from terminal import Terminal
@@ -45,6 +45,20 @@ def room() -> Iterator[ChatServer]:
     """A room that can have operators."""
     with run_chat(op_password=OPERATOR) as chat_server:
         yield chat_server
+
+
+@pytest.fixture
+def locked() -> Iterator[ChatServer]:
+    """A room that has a password."""
+    with run_chat(password=SECRET) as chat_server:
+        yield chat_server
+
+
+def let_in(port: int, name: str) -> Peer:
+    """Return somebody who has given a name and the room's password."""
+    peer = Peer(port).introduce(name)
+    peer.expect("PASS")
+    return peer.send(SECRET)
 
 
 def operator(room: ChatServer, name: str = "alice", source: str = "127.0.0.1") -> Peer:
@@ -77,56 +91,46 @@ def far_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2])
-def test_right_password_lets_in(wrong: int) -> None:
+def test_right_password_lets_in(locked: ChatServer, wrong: int) -> None:
     """The room's password is asked for after the name; the third answer may still be right."""
-    with run_chat(password=SECRET) as chat_server:
-        alice = Peer(chat_server.port).introduce("alice")
-        for _ in range(wrong):
-            alice.expect("PASS")
-            alice.send("guess")
-            alice.expect(WRONG)
+    alice = Peer(locked.port).introduce("alice")
+    for _ in range(wrong):
         alice.expect("PASS")
-        alice.send(SECRET)
-        alice.expect_match("-> Welcome, alice! .*")
-        alice.expect("* alice joined the chat")
+        alice.send("guess")
+        alice.expect(WRONG)
+    alice.expect("PASS")
+    alice.send(SECRET)
+    alice.expect_match("-> Welcome, alice! .*")
+    alice.expect("* alice joined the chat")
 
 
-def test_three_wrong_passwords_are_all() -> None:
+def test_three_wrong_passwords_are_all(locked: ChatServer) -> None:
     """After the third wrong password the connection ends, and the room never heard of it."""
-    with run_chat(password=SECRET) as chat_server:
-        mallory = Peer(chat_server.port).introduce("mallory")
-        for guess in ("", SECRET + "x", SECRET.upper()):
-            mallory.expect("PASS")
-            mallory.send(guess)
-            mallory.expect(WRONG) if guess != SECRET.upper() else None
-        assert mallory.rest()[-1] == "-> wrong password; that was the third try"
-        assert chat_server.history.last(10) == []
+    mallory = Peer(locked.port).introduce("mallory")
+    for guess in ("", SECRET + "x", SECRET.upper()):
+        mallory.expect("PASS")
+        mallory.send(guess)
+        mallory.expect(WRONG) if guess != SECRET.upper() else None
+    assert mallory.rest()[-1] == "-> wrong password; that was the third try"
+    assert locked.history.last(10) == []
 
 
-def test_name_is_looked_at_only_behind_the_password() -> None:
+def test_name_is_looked_at_only_behind_the_password(locked: ChatServer) -> None:
     """Who does not know the password cannot find out who is here; who knows gives it once."""
-    with run_chat(password=SECRET) as chat_server:
-        alice = Peer(chat_server.port).introduce("alice")
-        alice.expect("PASS")
-        alice.send(SECRET)
-        alice.expect_eventually("* alice joined the chat")
-        other = Peer(chat_server.port).introduce("Alice")
-        other.expect("PASS")
-        other.send(SECRET)
-        other.expect("-> the name Alice is taken; choose another")
-        other.introduce("bob")
-        other.expect_match("-> Welcome, bob! .*")
+    alice = let_in(locked.port, "alice")
+    alice.expect_eventually("* alice joined the chat")
+    other = let_in(locked.port, "Alice")
+    other.expect("-> the name Alice is taken; choose another")
+    other.introduce("bob")
+    other.expect_match("-> Welcome, bob! .*")
 
 
-def test_waiting_for_a_password_holds_no_name() -> None:
+def test_waiting_for_a_password_holds_no_name(locked: ChatServer) -> None:
     """A name that was given without the password is free for who has it."""
-    with run_chat(password=SECRET) as chat_server:
-        squatter = Peer(chat_server.port).introduce("alice")
-        squatter.expect("PASS")
-        alice = Peer(chat_server.port).introduce("alice")
-        alice.expect("PASS")
-        alice.send(SECRET)
-        alice.expect_match("-> Welcome, alice! You are the first one here.*")
+    squatter = Peer(locked.port).introduce("alice")
+    squatter.expect("PASS")
+    alice = let_in(locked.port, "alice")
+    alice.expect_match("-> Welcome, alice! You are the first one here.*")
 
 
 def test_one_deadline_for_name_and_password(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,21 +150,18 @@ def test_one_deadline_for_name_and_password(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_wrong_password_is_answered_late_and_delays_nobody_else(
-    monkeypatch: pytest.MonkeyPatch,
+    locked: ChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who guesses waits for the answer; the others talk meanwhile, and the server can stop."""
     monkeypatch.setattr(server, "WRONG_DELAY", 3600.0)
-    with run_chat(password=SECRET) as chat_server:
-        guesser = Peer(chat_server.port).introduce("guesser")
-        guesser.expect("PASS")
-        guesser.send("guess")
-        alice = Peer(chat_server.port).introduce("alice")
-        alice.expect("PASS")
-        alice.send(SECRET)
-        alice.expect_eventually("* alice joined the chat")
-        alice.send("hello")
-        alice.expect("alice: hello")
-        chat_server.stop()
+    guesser = Peer(locked.port).introduce("guesser")
+    guesser.expect("PASS")
+    guesser.send("guess")
+    alice = let_in(locked.port, "alice")
+    alice.expect_eventually("* alice joined the chat")
+    alice.send("hello")
+    alice.expect("alice: hello")
+    with stopping(locked):
         assert WRONG not in guesser.rest()
 
 
@@ -171,13 +172,12 @@ def secret_file(folder: Path, text: str | bytes = f"{SECRET}\n") -> str:
     return str(file)
 
 
-def test_client_takes_the_password_from_a_file(tmp_path: Path) -> None:
+def test_client_takes_the_password_from_a_file(locked: ChatServer, tmp_path: Path) -> None:
     """A client in a pipe gives the password that is in its file."""
-    with run_chat(password=SECRET) as chat_server:
-        options = ("--name", "alice", "--password-file", secret_file(tmp_path))
-        done = say("hello\n", *options, port=chat_server.port)
-        assert done.returncode == 0, done.stderr
-        assert "alice: hello" in done.stdout.splitlines()
+    options = ("--name", "alice", "--password-file", secret_file(tmp_path))
+    done = say("hello\n", *options, port=locked.port)
+    assert done.returncode == 0, done.stderr
+    assert "alice: hello" in done.stdout.splitlines()
 
 
 def run_client(port: int, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -202,25 +202,25 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def test_client_takes_the_password_from_its_environment() -> None:
+def test_client_takes_the_password_from_its_environment(locked: ChatServer) -> None:
     """A client in a pipe gives the password that is in CHAT_PASSWORD."""
-    with run_chat(password=SECRET) as chat_server:
-        done = run_client(chat_server.port, CHAT_PASSWORD=SECRET)
-        assert done.returncode == 0, done.stderr
-        assert "alice: hello" in done.stdout.splitlines()
+    done = run_client(locked.port, CHAT_PASSWORD=SECRET)
+    assert done.returncode == 0, done.stderr
+    assert "alice: hello" in done.stdout.splitlines()
 
 
-def test_client_without_the_password_says_what_is_missing(tmp_path: Path) -> None:
+def test_client_without_the_password_says_what_is_missing(
+    locked: ChatServer, tmp_path: Path
+) -> None:
     """A client in a pipe that has no password, a wrong one or an empty file ends in one line."""
-    with run_chat(password=SECRET) as chat_server:
-        assert "--password-file" in one_line(run_client(chat_server.port))
-        assert "wrong password" in one_line(run_client(chat_server.port, CHAT_PASSWORD="guess"))
-        empty = secret_file(tmp_path, "")
-        line = one_line(run_client(chat_server.port, "--password-file", empty))
-        assert empty in line
-        missing = one_line(run_client(chat_server.port, "--password-file", "/nowhere/file"))
-        assert "/nowhere/file" in missing
-        assert chat_server.history.last(10) == []
+    assert "--password-file" in one_line(run_client(locked.port))
+    assert "wrong password" in one_line(run_client(locked.port, CHAT_PASSWORD="guess"))
+    empty = secret_file(tmp_path, "")
+    line = one_line(run_client(locked.port, "--password-file", empty))
+    assert empty in line
+    missing = one_line(run_client(locked.port, "--password-file", "/nowhere/file"))
+    assert "/nowhere/file" in missing
+    assert locked.history.last(10) == []
 
 
 @pytest.mark.parametrize("variable", [False, True])
@@ -237,9 +237,7 @@ def test_server_takes_the_passwords_from_files_or_variables(
         options = ["--password-file", secret_file(tmp_path)]
         options += ["--op-password-file", str(tmp_path / "op")]
     with run_server(*options) as process:
-        alice = Peer(process.port).introduce("alice")
-        alice.expect("PASS")
-        alice.send(SECRET)
+        alice = let_in(process.port, "alice")
         alice.expect_eventually("* alice joined the chat")
         alice.send(f"/op {OPERATOR}")
         alice.expect(ENTER)
@@ -318,25 +316,34 @@ sys.exit(client.main())
 """
 
 
-@contextlib.contextmanager
-def on_terminal(kind: str, port: int, *options: str) -> Iterator[Terminal]:
-    """Run alice's client on a terminal, with prompt_toolkit or with readline."""
-    if kind == "toolkit" and not importlib.util.find_spec("prompt_toolkit"):
+@pytest.fixture(params=["readline", "toolkit"])
+def opened(request: pytest.FixtureRequest) -> Callable[[int], Terminal]:
+    """Open alice's client on a terminal, with prompt_toolkit or with readline."""
+    if request.param == "toolkit" and not importlib.util.find_spec("prompt_toolkit"):
         pytest.skip("prompt_toolkit is not installed")
-    program = [sys.executable, *(("-c", WITHOUT_TOOLKIT) if kind == "readline" else (CLIENT[-1],))]
+    bare = request.param == "readline"
+    program = [sys.executable, *(("-c", WITHOUT_TOOLKIT) if bare else (CLIENT[-1],))]
     variables = environment(TERM="xterm-256color", INPUTRC=os.devnull, PYTHONPATH=str(ROOT))
-    command = [*program, "--port", str(port), "--name", "alice", *options]
-    with Terminal(command, rows=30, env=variables) as terminal:
+
+    def open_one(port: int) -> Terminal:
+        return Terminal([*program, "--port", str(port), "--name", "alice"], rows=30, env=variables)
+
+    return open_one
+
+
+@pytest.fixture
+def terminal(room: ChatServer, opened: Callable[[int], Terminal]) -> Iterator[Terminal]:
+    """A terminal on which alice is in a room that can have operators."""
+    with opened(room.port) as terminal:
+        terminal.wait_for("Welcome, alice!")
         yield terminal
 
 
-KINDS = pytest.mark.parametrize("kind", ["readline", "toolkit"])
-
-
-@KINDS
-def test_password_is_asked_for_without_showing_it(kind: str) -> None:
+def test_password_is_asked_for_without_showing_it(
+    locked: ChatServer, opened: Callable[[int], Terminal]
+) -> None:
     """On a terminal the room's password is asked for, again when it is wrong, and never shown."""
-    with run_chat(password=SECRET) as chat_server, on_terminal(kind, chat_server.port) as terminal:
+    with opened(locked.port) as terminal:
         terminal.wait_for("Password of the room: ")
         terminal.type("wrong-guess\r")
         terminal.wait_for("wrong password")
@@ -349,68 +356,56 @@ def test_password_is_asked_for_without_showing_it(kind: str) -> None:
         assert "wrong-guess" not in terminal.screen.text()
 
 
-@KINDS
-def test_op_alone_asks_without_showing_it(room: ChatServer, kind: str) -> None:
+def test_op_alone_asks_without_showing_it(terminal: Terminal) -> None:
     """/op alone on a terminal asks for the password, which is neither shown nor recalled."""
-    with on_terminal(kind, room.port) as terminal:
-        terminal.wait_for("Welcome, alice!")
-        terminal.type("first\r")
-        terminal.wait_for("alice: first")
-        terminal.type("/op\r")
-        terminal.wait_for("Operator password: ")
-        terminal.type(f"{OPERATOR}\r")
-        terminal.wait_for("you are an operator")
-        terminal.type(f"{UP}{UP}{UP}")
-        terminal.wait_for("> first")
-        terminal.type("\x15/quit\r")
-        assert terminal.wait() == 0
-        assert OPERATOR not in terminal.screen.text()
+    terminal.type("first\r")
+    terminal.wait_for("alice: first")
+    terminal.type("/op\r")
+    terminal.wait_for("Operator password: ")
+    terminal.type(f"{OPERATOR}\r")
+    terminal.wait_for("you are an operator")
+    terminal.type(f"{UP}{UP}{UP}")
+    terminal.wait_for("> first")
+    terminal.type("\x15/quit\r")
+    assert terminal.wait() == 0
+    assert OPERATOR not in terminal.screen.text()
 
 
-@KINDS
 @pytest.mark.parametrize("command", ["/op", "/OP"])
-def test_op_with_its_password_is_not_recalled(room: ChatServer, kind: str, command: str) -> None:
+def test_op_with_its_password_is_not_recalled(terminal: Terminal, command: str) -> None:
     """A password typed behind /op works, and the keys for recall never bring it back."""
-    with on_terminal(kind, room.port) as terminal:
-        terminal.wait_for("Welcome, alice!")
-        terminal.type("first\r")
-        terminal.wait_for("alice: first")
-        terminal.type(f"{command} {OPERATOR}\r")
-        terminal.wait_for("you are an operator")
-        terminal.type(UP)
-        terminal.wait_for("alice> first")
-        terminal.type("\x15second\r")
-        terminal.wait_for("alice: second")
-        terminal.type(f"{UP}{UP}")
-        terminal.wait_for("alice> first")
-        assert OPERATOR not in terminal.screen.text()
+    terminal.type("first\r")
+    terminal.wait_for("alice: first")
+    terminal.type(f"{command} {OPERATOR}\r")
+    terminal.wait_for("you are an operator")
+    terminal.type(UP)
+    terminal.wait_for("alice> first")
+    terminal.type("\x15second\r")
+    terminal.wait_for("alice: second")
+    terminal.type(f"{UP}{UP}")
+    terminal.wait_for("alice> first")
+    assert OPERATOR not in terminal.screen.text()
 
 
-@KINDS
-def test_operator_password_that_cannot_be_sent_is_not_shown(room: ChatServer, kind: str) -> None:
+def test_operator_password_that_cannot_be_sent_is_not_shown(terminal: Terminal) -> None:
     """A password asked for by /op that the room's format cannot carry does not reach the screen."""
-    with on_terminal(kind, room.port) as terminal:
-        terminal.wait_for("Welcome, alice!")
-        terminal.type("/op\r")
-        terminal.wait_for("Operator password: ")
-        terminal.type("sécret\r")
-        terminal.wait_for("not sent: ")
-        terminal.settle()
-        assert "cret" not in terminal.screen.text()
+    terminal.type("/op\r")
+    terminal.wait_for("Operator password: ")
+    terminal.type("sécret\r")
+    terminal.wait_for("not sent: ")
+    terminal.settle()
+    assert "cret" not in terminal.screen.text()
 
 
-@KINDS
-def test_op_while_away_is_not_told_aloud(room: ChatServer, kind: str) -> None:
+def test_op_while_away_is_not_told_aloud(room: ChatServer, terminal: Terminal) -> None:
     """The notice of what waits for the connection does not repeat a password."""
-    with on_terminal(kind, room.port) as terminal:
-        terminal.wait_for("Welcome, alice!")
-        room.stop()
-        terminal.wait_for("connection lost")
-        terminal.type(f"/op {OPERATOR}\r")
-        terminal.wait_for("to be sent when we are back: /op ...")
-        terminal.type("/quit\r")
-        terminal.wait()
-        assert f"{OPERATOR} --" not in terminal.screen.text()
+    room.stop()
+    terminal.wait_for("connection lost")
+    terminal.type(f"/op {OPERATOR}\r")
+    terminal.wait_for("to be sent when we are back: /op ...")
+    terminal.type("/quit\r")
+    terminal.wait()
+    assert f"{OPERATOR} --" not in terminal.screen.text()
 
 
 def test_unanswered_op_is_told_without_its_password(
@@ -768,18 +763,14 @@ def test_banned_client_ends_with_the_reason(room: ChatServer) -> None:
     assert re.search(r"client\.py: you are banned by alice until \S+ \S+: enough\n", done.stderr)
 
 
-@KINDS
-def test_kicked_client_gives_the_terminal_back(room: ChatServer, kind: str) -> None:
+def test_kicked_client_gives_the_terminal_back(room: ChatServer, terminal: Terminal) -> None:
     """On a terminal a kicked client ends with the reason while its user is typing."""
     boss = operator(room, "boss")
-    with on_terminal(kind, room.port) as terminal:
-        terminal.wait_for("Welcome, alice!")
-        boss.expect("* alice joined the chat")
-        terminal.type("half a li")
-        terminal.wait_for("half a li")
-        boss.send("/kick alice enough")
-        assert terminal.wait() == 1
-        terminal.wait_for("you were kicked by boss: enough")
+    terminal.type("half a li")
+    terminal.wait_for("half a li")
+    boss.send("/kick alice enough")
+    assert terminal.wait() == 1
+    terminal.wait_for("you were kicked by boss: enough")
 
 
 def test_client_banned_while_it_was_away_ends_with_the_reason(
