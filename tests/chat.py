@@ -198,6 +198,15 @@ class Peer:
         return lines
 
 
+def crowd(port: int, count: int) -> list[Peer]:
+    """Return peers who are in the room, peer0 and so on, and have read all that was said in it."""
+    peers = [Peer(port).join(f"peer{number}") for number in range(count)]
+    peers[-1].send("ready")
+    for peer in peers:
+        peer.expect_eventually(f"peer{count - 1}: ready")
+    return peers
+
+
 # --- A room in this process --------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from chat import Peer, close_peers, no_leaks, room_lines, run_chat, run_server, wait_until
+from chat import Peer, close_peers, crowd, no_leaks, room_lines, run_chat, run_server, wait_until
 
 import protocol
 import server as server_module
@@ -267,10 +267,7 @@ def test_a_fault_with_one_client_keeps_nothing_from_the_others(
     room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """When sending to one raises what nobody expected, the others get the line, now."""
-    peers = [Peer(room.port).join(f"peer{number}") for number in range(10)]
-    peers[0].send("ready")
-    for peer in peers:
-        peer.expect_eventually("peer0: ready")
+    peers = crowd(room.port, 10)
     send, faults = Connection.send, [ValueError("a fault of the test")]
 
     def send_or_raise(connection: Connection, data: bytes | memoryview) -> int:
@@ -332,10 +329,7 @@ def test_no_wake_up_is_lost() -> None:
 
 def test_everyone_sees_one_order(room: ChatServer) -> None:
     """What twenty say at once comes to all in one order, and that is the history's."""
-    senders = [Peer(room.port).join(f"peer{number}") for number in range(20)]
-    senders[-1].send("ready")
-    for peer in senders:
-        peer.expect_eventually("peer19: ready")
+    senders = crowd(room.port, 20)
     transcripts: dict[Peer, list[str]] = {}
     barrier = threading.Barrier(20)
 
@@ -384,10 +378,7 @@ def test_those_who_come_amid_a_flood_miss_nothing(room: ChatServer) -> None:
 
 def test_of_twenty_that_want_one_new_name_one_gets_it(room: ChatServer) -> None:
     """/nick is as exclusive as joining, and nobody loses the old name over it."""
-    peers = [Peer(room.port).join(f"peer{number}") for number in range(20)]
-    peers[-1].send("ready")
-    for peer in peers:
-        peer.expect_eventually("peer19: ready")
+    peers = crowd(room.port, 20)
     for peer in peers:
         peer.send("/nick star", "/names")
     answers = []

@@ -19,6 +19,7 @@ from chat import (
     Peer,
     Server,
     close_peers,
+    crowd,
     no_leaks,
     run_briefly,
     run_server,
@@ -151,10 +152,7 @@ def test_what_was_accepted_is_delivered(number: int) -> None:
 def test_a_busy_room_ends_in_order() -> None:
     """Ended while all talk, the room gives everyone the same lines and its last word."""
     with run_server("--rate-limit", "0") as server:
-        talkers = [Peer(server.port).join(f"peer{number}") for number in range(5)]
-        talkers[-1].send("ready")
-        for peer in talkers:
-            peer.expect_eventually("peer4: ready")
+        talkers = crowd(server.port, 5)
         transcripts: list[list[str]] = []
         busy = threading.Barrier(len(talkers) + 1)
 
