@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from chat import Peer, run_chat, stopping, wait_until
@@ -119,10 +120,15 @@ def test_the_room_can_be_used_from_python() -> None:
         Peer(server.port)
 
 
-def test_a_server_can_be_stopped_twice() -> None:
-    """Stopping what has stopped does nothing."""
-    with run_chat() as server:
+def test_a_server_can_be_stopped_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Stopping what has stopped does nothing, and closes nothing that others have opened since."""
+    caplog.set_level("INFO", "chat")
+    with run_chat(history=str(tmp_path / "room.db")) as server:
         server.stop()
+        with (tmp_path / "other").open("w") as other:  # it may have a descriptor of the history's
+            server.stop()
+            other.write("still open")
+    assert caplog.messages.count("stopped") == 1
 
 
 def test_who_does_not_close_is_closed_in_the_end(
