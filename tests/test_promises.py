@@ -570,8 +570,8 @@ def test_memory_of_a_client_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
         stuck = [Peer(process.port, buffer=4096) for _ in range(count)]
         for number, peer in enumerate(stuck):
             peer.introduce(f"greedy{number}")
-        with ThreadPoolExecutor(20) as pool:
-            taken = list(pool.map(lambda peer: peer.send_until_blocked(greed), stuck))
+        with ThreadPoolExecutor(count) as pool:
+            taken = list(pool.map(lambda peer: peer.send_until_blocked(greed, 1.0), stuck))
         assert max(taken) < len(greed), "the server took all of it"
         alice.send("/names")
         while not alice.next_line().startswith(f"-> {count + 1} here: "):
