@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ import protocol
 from server import ChatServer
 
 SERVER = Path(__file__).parent.parent / "server.py"
+ALTERED = """
+import sys
+sys.path.insert(0, {folder!r})
+import server
+vars(server).update({constants!r})
+sys.exit(server.main())
+"""
 DEADLINE = 15.0  # seconds that anything may take on a busy machine
 STOP = 5.0  # seconds within which the server promises to end
 SMALL = 4096  # bytes of a socket's buffer that is soon full
@@ -57,7 +65,8 @@ class Peer:
 
     def __init__(self, port: int, *, source: str = "127.0.0.1", buffer: int = 0) -> None:
         self.sock = socket.socket()
-        self._input = b""
+        self._lines: deque[bytes] = deque()  # whole ones that have come
+        self._input = b""  # what has come behind them
         self._ended = False
         Peer.opened.append(self)
         if buffer:  # before connecting, or the window is agreed already
@@ -128,18 +137,16 @@ class Peer:
 
     def _read_line(self) -> str | None:
         deadline = time.monotonic() + DEADLINE
-        while b"\n" not in self._input and not self._ended:
+        while not self._lines and not self._ended:
             self._wait_for_bytes(deadline)
             try:
                 data = self.sock.recv(65536)
             except ConnectionError:
                 data = b""
             self._ended = not data
-            self._input += data
-        if b"\n" not in self._input:
-            return None
-        line, _, self._input = self._input.partition(b"\n")
-        return line.decode("utf-8", "backslashreplace")
+            *lines, self._input = (self._input + data).split(b"\n")
+            self._lines.extend(lines)
+        return self._lines.popleft().decode("utf-8", "backslashreplace") if self._lines else None
 
     def _wait_for_bytes(self, deadline: float) -> None:
         readable = select.select([self.sock], [], [], max(0.0, deadline - time.monotonic()))[0]
@@ -183,7 +190,11 @@ class Peer:
             data = self.sock.recv(65536, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError:
             data = b""
-        return (self._input + data).startswith(line.encode() + b"\n")
+        return (self.unread() + data).startswith(line.encode() + b"\n")
+
+    def unread(self) -> bytes:
+        """Return what has come and was not taken."""
+        return b"\n".join([*self._lines, self._input])
 
     def expect_closed(self) -> None:
         """Expect the end of the connection, and no line before it."""
@@ -275,7 +286,11 @@ def _descriptors() -> int:
 class Server:
     """A running `server.py`, its log and its end."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, **constants: float) -> None:
+        program = [str(SERVER)]
+        if constants:
+            code = ALTERED.format(folder=str(SERVER.parent), constants=constants)
+            program = ["-c", code]
         self.port = 0
         self._lines: list[str] = []
         self._news = threading.Condition()  # guards the lines; notified of each and of the end
@@ -283,7 +298,7 @@ class Server:
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", SERVER, "--port", "0", *options],
+            [sys.executable, "-W", "error", *program, "--port", "0", *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -353,10 +368,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def run_server(*options: str) -> Iterator[Server]:
-    """Run `server.py` as a process on a free port, and see that it ends without a fault."""
+def run_server(*options: str, **constants: float) -> Iterator[Server]:
+    """Run `server.py` as a process on a free port, and see that it ends without a fault.
+
+    Constants given by name, such as WRONG_DELAY, are other ones than its own.
+    """
     with no_leaks():
-        server = Server(*options)
+        server = Server(*options, **constants)
         try:
             server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
             yield server

@@ -18,6 +18,7 @@ from chat import DEADLINE, Peer, Server, no_leaks, run_chat, run_server, wait_un
 from clients import (
     CLIENT,
     HOST,
+    ROOT,
     Talk,
     environment,
     greet,
@@ -371,8 +372,18 @@ def last_bytes(file: Path) -> str:
         return lines.read().decode()
 
 
-def test_server_that_starts_again() -> None:
+HASTY = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import client
+client.RETRY_FIRST = client.RETRY_MAX = 0.05
+sys.exit(client.main())
+"""
+
+
+def test_server_that_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines go on being piped in while the server is replaced; those after it are said."""
+    monkeypatch.setattr("clients.CLIENT", [sys.executable, "-c", HASTY])
     with contextlib.ExitStack() as stack:
         first = Server()
         stack.callback(first.end)
@@ -384,6 +395,7 @@ def test_server_that_starts_again() -> None:
         process.stdin.write(b"before\n")
         process.stdin.flush()
         bob.expect("* alice joined the chat", "alice: before")
+        bob.close()
         assert first.stop() == 0
         for line in process.stderr:
             if b"connection lost; trying again" in line:

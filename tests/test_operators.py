@@ -287,6 +287,7 @@ def test_passwords_are_never_written_down(tmp_path: Path) -> None:
     with run_server(
         *("-v", "--history", str(history), "--log-file", str(log)),
         *("--password-file", secret_file(tmp_path), "--op-password-file", str(tmp_path / "op")),
+        WRONG_DELAY=0.01,
     ) as process:
         alice = Peer(process.port).introduce("alice")
         for answer in ("wrong-guess", SECRET):

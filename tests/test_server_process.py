@@ -57,7 +57,7 @@ def test_a_conversation_and_its_console() -> None:
 
 def test_the_console_shows_refusals() -> None:
     """Who was not let in, and why, stands on the console."""
-    with run_server("--max-clients", "1", "--name-deadline", "1") as server:
+    with run_server("--max-clients", "1", "--name-deadline", "0.5") as server:
         Peer(server.port).join("alice")
         Peer(server.port).send("bob")
         server.expect_log(r"unnamed \(127\.0\.0\.1:\d+\) left: the room is full\n")
@@ -406,7 +406,8 @@ def test_a_console_that_nobody_reads_stops_nothing() -> None:
             alice.send(*texts)
             alice.expect(*(f"alice: {text}" for text in texts))
             bob = Peer(int(listening[1])).join("bob")
-            bob.send("/quit")
+            bob.send("/quit").rest()
+            bob.close()
             alice.expect("* bob joined the chat", "* bob left the chat")
             process.terminate()
             alice.expect(protocol.SHUTTING_DOWN)

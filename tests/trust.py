@@ -132,7 +132,7 @@ class OneAtATime:
 def ended(peer: Peer) -> list[str]:
     """Return all that a peer still gets until it is closed or reset, torn or whole."""
     peer.sock.settimeout(DEADLINE)
-    data = peer._input
+    data = peer.unread()
     with contextlib.suppress(ConnectionError):
         while piece := peer.sock.recv(65536):
             data += piece
