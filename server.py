@@ -43,7 +43,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -1589,7 +1589,12 @@ def _is_loopback(host: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Run the server until a signal ends it; return the exit status."""
     options = _parser().parse_args(arguments)
-    signals = _signals()
+    with _signals() as signals:
+        return _run(options, signals)
+
+
+def _run(options: argparse.Namespace, signals: socket.socket) -> int:
+    """Run the server until a byte for a signal comes; return the exit status."""
     threading.stack_size(STACK)
     try:
         console = Console(options.log_file, options.verbose)
@@ -1608,18 +1613,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _signals() -> socket.socket:
-    """Return a socket that gets a byte for each signal that asks the server to end.
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """Give a socket that gets a byte for each signal that asks the server to end.
 
     One that comes just before the main thread waits would be lost on a lock or queue.
     """
     reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach())
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), lambda number, frame: None)
-    return reader
+    with reader, writer:
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+                signal.signal(getattr(signal, name), lambda number, frame: None)
+        try:
+            yield reader
+        finally:
+            signal.set_wakeup_fd(-1)
 
 
 def _server(options: argparse.Namespace) -> ChatServer:

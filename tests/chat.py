@@ -186,10 +186,10 @@ class Peer:
 
     def has(self, line: str) -> bool:
         """Tell whether this line is the next, and there already, without taking it."""
-        try:
-            data = self.sock.recv(65536, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError:
-            data = b""
+        data = b""
+        if select.select([self.sock], [], [], 0)[0]:
+            with contextlib.suppress(OSError):
+                data = self.sock.recv(65536, socket.MSG_PEEK)
         return (self.unread() + data).startswith(line.encode() + b"\n")
 
     def unread(self) -> bytes:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from chat import Peer, close_peers, crowd, no_leaks, room_lines, run_chat, run_server, wait_until
+from chat import (
+    SMALL,
+    Peer,
+    close_peers,
+    crowd,
+    no_leaks,
+    room_lines,
+    run_chat,
+    run_server,
+    wait_until,
+)
 
 import protocol
 import server as server_module
 from protocol import Connection
-from server import ChatServer
+from server import ChatServer, Client, Said, Told
 
 
 @pytest.fixture
@@ -280,6 +292,65 @@ def test_a_fault_with_one_client_keeps_nothing_from_the_others(
     peers[0].send("hello")
     wait_until(lambda: sum(peer.has("peer0: hello") for peer in peers) >= 9, "nine of ten to hear")
     assert "a fault of the test" in caplog.text
+
+
+def test_who_was_to_be_served_when_a_round_failed_is_served_at_once(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a fault in a round of private lines alone, the others get theirs without more ado."""
+    peers = crowd(room.port, 10)
+    serve, faults = room._serve, [ValueError("a fault of the test")]
+
+    def serve_or_raise(client: Client) -> None:
+        if faults:
+            raise faults.pop()
+        serve(client)
+
+    monkeypatch.setattr(room, "_serve", serve_or_raise)
+    room.broadcast([Told(client, b"-> psst\n") for client in list(room.clients)])
+    wait_until(lambda: sum(peer.has("-> psst") for peer in peers) >= 9, "nine of ten to hear")
+    assert "a fault of the test" in caplog.text
+
+
+def test_a_selector_that_fails_costs_one_client(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full socket that cannot be watched ends its client; all others hear everything."""
+    alice, stuck = Peer(room.port).join("alice"), Peer(room.port, buffer=SMALL).join("stuck")
+    alice.expect("* stuck joined the chat")
+    connection = room.find("stuck").connection
+    connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space for another watch")
+
+    monkeypatch.setattr(room._selector, "register", refuse)
+    lines = [b"alice: " + b"x" * 1000 + b"%d" % number for number in range(100)]
+    room.broadcast([Said(lines)])
+    alice.expect(*(line.decode() for line in lines), "* stuck left the chat")
+    stuck.close()
+    wait_until(lambda: len(room._connected) == 1, "the stuck one to be gone")
+
+
+def test_who_has_left_is_not_served_again(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round in which somebody leaves does not come back to it, wherever it stands in it."""
+    monkeypatch.setattr(server_module, "SLICE", 1)
+    alice = Peer(room.port).join("alice")
+    serve, touched = room._serve, []
+
+    def watch(client: Client) -> None:
+        if client.forgotten:
+            touched.append(client)
+        serve(client)
+
+    monkeypatch.setattr(room, "_serve", watch)
+    for _ in range(20):
+        bob = Peer(room.port).join("bob")
+        bob.send("/quit").rest()
+        alice.expect("* bob joined the chat", "* bob left the chat")
+    assert not touched
 
 
 def test_a_fault_with_one_line_costs_one_client(

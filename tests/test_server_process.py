@@ -57,7 +57,7 @@ def test_a_conversation_and_its_console() -> None:
 
 def test_the_console_shows_refusals() -> None:
     """Who was not let in, and why, stands on the console."""
-    with run_server("--max-clients", "1", "--name-deadline", "0.5") as server:
+    with run_server("--max-clients", "1", "--name-deadline", "1") as server:
         Peer(server.port).join("alice")
         Peer(server.port).send("bob")
         server.expect_log(r"unnamed \(127\.0\.0\.1:\d+\) left: the room is full\n")
