@@ -45,8 +45,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -185,8 +185,7 @@ class History:
         return
 
 
-@dataclass(frozen=True, slots=True)
-class Ban:
+class Ban(NamedTuple):
     """Who may not come in: a name, and the address that it came from if it was here."""
 
     name: str
@@ -431,35 +430,35 @@ class Bucket:
         return max(0.0, (1 - self._tokens) / self.rate)
 
 
-@dataclass(slots=True, eq=False)
 class Client:
     """One connection: its thread reads from it, the broadcaster writes to it."""
 
-    connection: Connection
-    host: str
-    port: int
-    framer: Framer = field(default_factory=Framer)
-    unread: list[bytes] = field(default_factory=list)  # lines that came, not yet looked at
-    name: str = ""
-    prefix: bytes = b""  # of what it says
-    key: str = ""
-    operator: bool = False
-    wrong_passwords: int = 0  # given with /op
-    # Set when nothing more of its input counts: replaced, failed or shut down.
-    gone: threading.Event = field(default_factory=threading.Event)
-    # Guarded by the room's lock: private lines on their way to it.
-    owed_lines: int = 0
-    owed_bytes: int = 0
-    # The broadcaster's own:
-    position: int = 0  # the cursor: the next room line that it gets
-    data: bytes = b""  # what it is being sent, behind which is the cursor
-    sent: int = 0  # bytes of that which its socket has taken
-    paying: int = 0  # private lines in it, owed until all of it is sent
-    outbox: deque[tuple[int, bytes]] = field(default_factory=deque)  # by position
-    fetching: bool = False  # what it gets next is being read from the file
-    watched: bool = False  # its socket is full; the selector tells when it is not
-    until: int | None = None  # it leaves, and gets nothing from here on
-    forgotten: bool = False  # it has left; the broadcaster never touches it again
+    def __init__(self, connection: Connection, host: str, port: int) -> None:
+        self.connection = connection
+        self.host = host
+        self.port = port
+        self.framer = Framer()
+        self.unread: list[bytes] = []  # lines that came, not yet looked at
+        self.name = ""
+        self.prefix = b""  # of what it says
+        self.key = ""
+        self.operator = False
+        self.wrong_passwords = 0  # given with /op
+        # Set when nothing more of its input counts: replaced, failed or shut down.
+        self.gone = threading.Event()
+        # Guarded by the room's lock: private lines on their way to it.
+        self.owed_lines = 0
+        self.owed_bytes = 0
+        # The broadcaster's own:
+        self.position = 0  # the cursor: the next room line that it gets
+        self.data = b""  # what it is being sent, behind which is the cursor
+        self.sent = 0  # bytes of that which its socket has taken
+        self.paying = 0  # private lines in it, owed until all of it is sent
+        self.outbox: deque[tuple[int, bytes]] = deque()  # by position
+        self.fetching = False  # what it gets next is being read from the file
+        self.watched = False  # its socket is full; the selector tells when it is not
+        self.until: int | None = None  # it leaves, and gets nothing from here on
+        self.forgotten = False  # it has left; the broadcaster never touches it again
 
     def __str__(self) -> str:
         return f"{self.name or 'unnamed'} ({self.host}:{self.port})"
@@ -500,33 +499,31 @@ class Password:
 # --- The room ----------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Said:
+class Said(NamedTuple):
     """Lines of the room, with their author, who is told when they cannot be stored."""
 
     lines: list[bytes]  # without their newlines
     author: Client | None = None
 
 
-@dataclass(slots=True)
-class Told:
+class Told(NamedTuple):
     """A line for one client alone."""
 
     client: Client
     line: bytes  # with its newline
 
 
-@dataclass(slots=True)
-class Private(Told):
+class Private(NamedTuple):
     """A line from one client to another, who may have too many waiting already."""
 
+    client: Client
+    line: bytes
     sender: Client
     receipt: bytes
     refusal: bytes
 
 
-@dataclass(slots=True)
-class Joined:
+class Joined(NamedTuple):
     """A client that begins to listen here."""
 
     client: Client
@@ -534,15 +531,13 @@ class Joined:
     greeting: bytes
 
 
-@dataclass(slots=True)
-class Left:
+class Left(NamedTuple):
     """A client that listens up to here."""
 
     client: Client
 
 
-@dataclass(slots=True)
-class Fetched:
+class Fetched(NamedTuple):
     """Lines from the file for a client that is behind; they belong before `end`."""
 
     client: Client
@@ -550,7 +545,7 @@ class Fetched:
     end: int
 
 
-Entry = Said | Told | Joined | Left | Fetched
+Entry = Said | Told | Private | Joined | Left | Fetched
 
 
 class Room:
@@ -749,7 +744,7 @@ class Room:
                     entry = Told(entry.sender, entry.refusal)
                 else:
                     self._enqueue([Told(entry.sender, entry.receipt)])
-            if isinstance(entry, Told):
+            if isinstance(entry, (Told, Private)):
                 entry.client.owed_lines += 1
                 entry.client.owed_bytes += len(entry.line)
             self._queue.append(entry)
@@ -895,7 +890,7 @@ class Room:
             client.owed_bytes += len(line)
         client.outbox.append((position, line))
 
-    def _place(self, entry: Told | Joined | Left | Fetched, position: int) -> None:
+    def _place(self, entry: Told | Private | Joined | Left | Fetched, position: int) -> None:
         """Do what an entry says at its place among the room's lines."""
         client = entry.client
         if client.forgotten:
@@ -904,7 +899,7 @@ class Room:
             self._place_fetched(client, entry)
         elif client.until is not None:
             return  # it has left before this was said to it
-        elif isinstance(entry, Told):
+        elif isinstance(entry, (Told, Private)):
             client.outbox.append((position, entry.line))
         elif isinstance(entry, Joined):
             asked = entry.asked
