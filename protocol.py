@@ -295,14 +295,6 @@ def as_said(lines: list[bytes], prefix: bytes) -> bool:
     )
 
 
-def checked(line: bytes, fmt: str = FORMAT) -> bytes | Refusal:
-    """Return a client's line as it may be said, or why it may not."""
-    try:
-        return decode(line, fmt).encode(fmt)
-    except Refusal as refusal:
-        return refusal
-
-
 def without_name(line: bytes, prefix: bytes) -> bytes:
     """Take ``alice: `` off a line, the sender's own name, as the classic client sends it.
 
@@ -314,6 +306,14 @@ def without_name(line: bytes, prefix: bytes) -> bytes:
     if line[: len(bare)].lower() == bare.lower():
         return line[len(bare) :].removeprefix(b" ")
     return line
+
+
+def checked(line: bytes, prefix: bytes, fmt: str = FORMAT) -> bytes | Refusal:
+    """Return a client's line without its name as it may be said, or why it may not."""
+    try:
+        return without_name(decode(line, fmt).encode(fmt), prefix)
+    except Refusal as refusal:
+        return refusal
 
 
 def is_command(line: bytes) -> bool:

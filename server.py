@@ -7,14 +7,19 @@ or, from Python::
     with ChatServer(port=0) as server:
         print("listening on port", server.port)
 
-The file is built from the ground up: history, clients, room, commands, server.
-A message comes in at the top floor and goes down and up again:
-`ChatServer.receive` accepts a connection and starts `ChatServer.handle` in a
-thread of its own, which reads lines and puts them into the room's queue with
-`Room.broadcast`.  The broadcaster thread takes the queue in rounds (`Room._run`),
-appends the room's lines to the `History`, and gives each client all that follows
-the client's cursor.  Nothing but the broadcaster writes to a client that has
-joined, so a client that does not read delays nobody.
+What comes first is built upon by what follows: history, clients, room, commands,
+server.  The way of a message from socket to socket, and where to read on:
+
+    ChatServer.receive      accepts a connection and starts its thread, which
+    ChatServer.handle       lets the client in and reads its lines;
+    ChatServer._hear        looks at them and puts what is said into the queue, by
+    Room.broadcast          which wakes the broadcaster's thread;
+    Room._round             takes the queue,
+    History.append          gives the lines their positions, on disk if wanted, and
+    Room._serve_slice       sends each client all that follows its cursor.
+
+Nothing but the broadcaster writes to a client that has joined, so a client that
+does not read delays nobody.
 """
 
 from __future__ import annotations
@@ -1527,9 +1532,7 @@ class ChatServer(Room):
             return
         said: list[bytes] = []
         for line in lines:
-            text = protocol.checked(line, self.fmt)
-            if not isinstance(text, Refusal):
-                text = protocol.without_name(text, client.prefix)
+            text = protocol.checked(line, client.prefix, self.fmt)
             if isinstance(text, Refusal) or protocol.is_command(text):
                 if said:
                     self.broadcast([Said(said, client)], client)
@@ -1586,10 +1589,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the server until a signal ends it; return the exit status."""
     options = _parser().parse_args(arguments)
     with _signals() as signals:
-        return _run(options, signals)
+        return _run_until(signals, options)
 
 
-def _run(options: argparse.Namespace, signals: socket.socket) -> int:
+def _run_until(signals: socket.socket, options: argparse.Namespace) -> int:
     """Run the server until a byte for a signal comes; return the exit status."""
     threading.stack_size(STACK)
     try:

@@ -471,9 +471,8 @@ def test_lines_as_the_room_says_them_are_recognised(number: int) -> None:
 @pytest.mark.parametrize("fmt", protocol.FORMATS)
 def test_a_line_recognised_so_is_what_a_closer_look_makes_of_it(line: bytes, fmt: str) -> None:
     """Taking such a line as it is and taking it apart come to the same."""
-    checked = protocol.checked(line, fmt)
-    assert isinstance(checked, bytes)
-    text = protocol.without_name(checked, b"alice: ")
+    text = protocol.checked(line, b"alice: ", fmt)
+    assert isinstance(text, bytes)
     assert not protocol.is_command(text)
     assert b"alice: " + protocol.unslash(text) == line
 
