@@ -209,6 +209,13 @@ class Peer:
         return lines
 
 
+def pair(port: int) -> tuple[Peer, Peer]:
+    """Return alice and bob, who are in the room and know of each other."""
+    alice, bob = Peer(port).join("alice"), Peer(port).join("bob")
+    alice.expect("* bob joined the chat")
+    return alice, bob
+
+
 def crowd(port: int, count: int) -> list[Peer]:
     """Return peers who are in the room, peer0 and so on, and have read all that was said in it."""
     peers = [Peer(port).join(f"peer{number}") for number in range(count)]

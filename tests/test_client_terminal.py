@@ -161,6 +161,7 @@ def test_name_is_asked_for_again(opened: Open) -> None:
         terminal.wait_for(asked(4))
         terminal.type("alice\r")
         enter(terminal, bob)
+        assert server.present() == ["bob", "alice"]
 
 
 @pytest.mark.parametrize("keys", [CTRL_C, CTRL_D, "/quit\r", "/QUIT\r", "/quit now\r"], ids=repr)

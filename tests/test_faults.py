@@ -15,6 +15,7 @@ from chat import (
     close_peers,
     crowd,
     no_leaks,
+    pair,
     room_lines,
     run_chat,
     run_server,
@@ -40,8 +41,7 @@ def room() -> Iterator[ChatServer]:
 def test_the_room_goes_on_without_descriptors() -> None:
     """With no descriptor left the room talks on, says so once, and lets people in again later."""
     with run_server("--rate-limit", "0") as server:
-        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(server.port)
         for episode in range(1, 3):
             server.allow_descriptors(server.highest_descriptor() + 1)
             waiting = [Peer(server.port) for _ in range(5)]
@@ -60,8 +60,7 @@ def test_the_room_goes_on_without_descriptors() -> None:
 def test_a_place_that_is_left_lets_the_next_one_in() -> None:
     """Whoever waits without a descriptor is let in when somebody leaves."""
     with run_server() as server:
-        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(server.port)
         server.allow_descriptors(server.highest_descriptor() + 1)
         carol = Peer(server.port)
         server.expect_log("cannot accept")
@@ -116,6 +115,7 @@ def test_a_thread_that_cannot_start_for_who_is_gone_leaks_nothing(
             server.start()
             waiting.join("alice")
             wait_until(lambda: len(server._connected) == 1, "the lost one to be forgotten")
+            assert server.present() == ["alice"]
         finally:
             close_peers()
             server.stop()
@@ -249,8 +249,7 @@ def test_a_fault_in_a_round_does_not_end_the_room(
     room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After a round that failed people talk, ask, come and leave as before."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     fail_next_round(room, monkeypatch)
     alice.send("maybe lost")
     wait_until(lambda: "a fault of the test" in caplog.text, "the fault to be logged")
@@ -269,8 +268,7 @@ def test_a_fault_in_the_round_in_which_somebody_leaves(
     room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who leaves in a round that fails is gone all the same."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     fail_next_round(room, monkeypatch)
     bob.end_input()
     wait_until(lambda: "a fault of the test" in caplog.text, "the fault to be logged")
@@ -361,8 +359,7 @@ def test_a_fault_with_one_line_costs_one_client(
     room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A fault in a client's thread is logged and ends that client, nobody else."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
 
     def fail(*_: object) -> None:
         raise ValueError("a fault of the test")

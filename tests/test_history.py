@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chat import Peer, run_briefly, run_chat, run_server, wait_until
+from chat import Peer, pair, run_briefly, run_chat, run_server, wait_until
 from trust import consecutive, integrity, position_of, stored
 
 from server import Ban, ChatServer
@@ -247,8 +247,7 @@ def test_search_takes_every_character_as_itself(file: Path, word: str) -> None:
 def test_search_finds_in_any_case_by_text_and_by_name(file: Path, durable: bool) -> None:
     """/search tells of the last lines with a word in their text or from that name."""
     with run_chat(history=str(file) if durable else None) as room:
-        alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(room.port)
         bob.send("the Treaty")
         alice.expect("bob: the Treaty")
         alice.send("/search TREATY", "/search BOB", "/search nothing")
@@ -278,8 +277,7 @@ def test_million_lines_are_searched(file: Path) -> None:
 def test_rounds_go_on_while_a_search_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search that takes its time holds up nobody but who asked."""
     with run_chat(history=str(file)) as room:
-        alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(room.port)
         search, begun, may_end = room.history.last, threading.Event(), threading.Event()
 
         def search_long(count: int, word: str = "") -> list[tuple[float, str]]:
@@ -435,8 +433,7 @@ def expect_refusals(alice: Peer, bob: Peer) -> None:
 def test_disk_that_refuses_and_recovers(file: Path) -> None:
     """Nobody sees a line that the disk refuses, its author is told, and later all is well again."""
     with run_server("--history", str(file)) as server:
-        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(server.port)
         alice.send("before")
         bob.expect("alice: before")
         alice.expect("alice: before")
@@ -473,8 +470,7 @@ def test_full_database_and_room_again(file: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(sqlite3, "connect", remember)
     with run_chat(history=str(file)) as room:
-        alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(room.port)
         allow(1)  # which SQLite takes as: not one page more than there are
         said = refusals = 0
         while not refusals:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from chat import SMALL, Peer, run_chat, stopping, wait_until
+from chat import SMALL, Peer, pair, run_chat, stopping, wait_until
 
 import protocol
 import server as server_module
@@ -23,8 +23,7 @@ from server import ChatServer
 def test_a_full_room_lets_nobody_in() -> None:
     """One too many is told that the room is full; a place that is left is free again."""
     with run_chat(max_clients=2) as server:
-        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(server.port)
         carol = Peer(server.port).introduce("carol")
         carol.expect(protocol.ROOM_FULL)
         carol.expect_closed()
@@ -60,6 +59,7 @@ def test_loopback_has_no_limit_of_its_own() -> None:
         for number in range(5):
             Peer(server.port).join(f"peer{number}")
         Peer(server.port, source="127.9.8.7").join("other")
+        assert len(server.present()) == 6
 
 
 def test_the_oldest_without_a_name_makes_room() -> None:
@@ -132,8 +132,7 @@ def test_who_never_closes_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who goes on sending after the last word, and never closes, is closed all the same."""
     monkeypatch.setattr(server_module, "LINGER", 0.3)
     with run_chat() as server:
-        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(server.port)
         alice.send("/quit")
         alice.expect("-> bye")
         drip(alice, lambda: False)
@@ -147,8 +146,7 @@ def test_who_never_closes_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_flood_is_slowed_down_and_nothing_is_lost() -> None:
     """All of 200 lines sent at once are broadcast, in order, and others speak in between."""
     with run_chat(rate_limit=300.0) as server:
-        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(server.port)
         alice.send(*(f"line {number}" for number in range(200)))
         bob.expect(*(f"alice: line {number}" for number in range(20)))
         bob.send("may I?")
@@ -163,8 +161,7 @@ def test_a_flood_is_slowed_down_and_nothing_is_lost() -> None:
 def test_a_burst_passes_at_once() -> None:
     """Twenty lines pass without a wait, the next ones do not."""
     with run_chat(rate_limit=0.001) as server:
-        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(server.port)
         alice.send(*(f"line {number}" for number in range(30)))
         bob.expect(*(f"alice: line {number}" for number in range(20)))
         bob.expect_nothing()
@@ -173,8 +170,7 @@ def test_a_burst_passes_at_once() -> None:
 def test_commands_and_refusals_count() -> None:
     """Whatever is sent counts, so that nobody can keep the server busy with questions."""
     with run_chat(rate_limit=0.001) as server:
-        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(server.port)
         alice.send(*["/names", "\x07"] * 10, "said")
         alice.expect(*["-> 2 here: alice, bob", alice_refusal()] * 10)
         bob.send("here")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat import DEADLINE, Peer, run_briefly, run_chat, run_server, stopping, wait_until
+from chat import DEADLINE, Peer, pair, run_briefly, run_chat, run_server, stopping, wait_until
 from clients import CLIENT, Shown, environment, say, start
 from proxy import Proxy
 from terminal import Terminal
@@ -439,8 +439,7 @@ def test_op_with_the_right_password(room: ChatServer) -> None:
 
 def test_operators_commands_are_for_operators(room: ChatServer) -> None:
     """Who is no operator is told how to become one, and nothing happens."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     for command in ("/kick bob", "/ban bob", "/unban bob", "/bans", "/kick", "/BAN bob 5 you"):
         alice.send(command)
         alice.expect("-> only operators can do that; /op PASSWORD makes you one")
@@ -473,8 +472,7 @@ def test_wrong_operator_password_delays_only_who_gave_it(
 ) -> None:
     """Who guesses waits for the answer, and can do nothing meanwhile; the others talk."""
     monkeypatch.setattr(server, "WRONG_DELAY", 3600.0)
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     alice.send("/op guess", "/op another", "not yet")
     for number in range(10):
         bob.send(str(number))

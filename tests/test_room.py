@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chat import Peer, run_chat, stopping, wait_until
+from chat import Peer, pair, run_chat, stopping, wait_until
 
 import protocol
 import server as server_module
@@ -160,8 +160,7 @@ def test_what_is_said_while_the_door_closes_is_delivered(
     room: ChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A line that comes when the server begins to stop is said, and the last word follows it."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     join = room._receiver.join
 
     def join_late() -> None:
@@ -181,8 +180,7 @@ def test_what_is_said_during_a_round_is_heard_by_those_still_to_be_served(
 ) -> None:
     """They get it with what the round began with, those before them in the next, all in order."""
     monkeypatch.setattr(server_module, "SLICE", 1)
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     first, last = (client.connection for client in room.clients)
     send_first, send_last, sent = first.send, last.send, []
 
@@ -227,8 +225,7 @@ def test_two_keyless_clients_cannot_replace_each_other(room: ChatServer) -> None
 
 def test_nick_changes_the_name(room: ChatServer) -> None:
     """A new name is confirmed, announced and used from then on; the old one is free."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     alice.send("/nick alicia", "hello", "alicia: hi", "alice: hey")
     alice.expect("-> you are now alicia")
     for peer in alice, bob:
@@ -252,8 +249,7 @@ def test_nick_changes_the_name(room: ChatServer) -> None:
 )
 def test_nick_refuses_what_joining_refuses(room: ChatServer, name: str, reason: str) -> None:
     """A bad new name changes nothing."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     alice.send(f"/nick {name}", "still alice")
     alice.expect_match(f"-> not sent: {reason}.*")
     for peer in alice, bob:
@@ -542,8 +538,7 @@ def test_names_shows_who_is_here(room: ChatServer) -> None:
 
 def test_me_says_what_one_does(room: ChatServer) -> None:
     """An action is broadcast to all and stands in the history."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     alice.send("/me waves  twice ", "/ME bows")
     for peer in alice, bob:
         peer.expect("** alice waves  twice", "** alice bows")
@@ -575,8 +570,7 @@ def test_msg_to_oneself_works(room: ChatServer) -> None:
 
 def test_msg_follows_a_new_name(room: ChatServer) -> None:
     """A private line goes to who has the name now."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     bob.send("/nick rob")
     alice.expect("* bob is now rob")
     alice.send("/msg bob hi", "/msg rob hi")
@@ -587,8 +581,7 @@ def test_msg_follows_a_new_name(room: ChatServer) -> None:
 
 def test_private_lines_stand_where_they_belong(room: ChatServer) -> None:
     """Private lines and the room's come in the order in which they were sent."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     sent, expected = [], []
     for number in range(300):
         sent += [f"/msg bob private {number}", f"public {number}"]
@@ -663,8 +656,7 @@ def test_a_wrong_command_is_answered_with_what_is_right(
     room: ChatServer, line: str, answer: str
 ) -> None:
     """Nothing typed with a slash goes unanswered, and none of it reaches the room."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     alice.send(line)
     alice.expect_match(answer)
     alice.expect_nothing()
@@ -680,8 +672,7 @@ def test_two_slashes_are_a_text(room: ChatServer) -> None:
 
 def test_quit_ends_the_input(room: ChatServer) -> None:
     """What is sent behind /quit is not said, what was before it is."""
-    alice, bob = Peer(room.port).join("alice"), Peer(room.port).join("bob")
-    alice.expect("* bob joined the chat")
+    alice, bob = pair(room.port)
     alice.send("before", "/quit", "after")
     alice.expect("alice: before", "-> bye")
     alice.expect_closed()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from chat import (
@@ -21,6 +23,7 @@ from chat import (
     close_peers,
     crowd,
     no_leaks,
+    pair,
     run_briefly,
     run_server,
 )
@@ -33,8 +36,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT]
 def test_a_conversation_and_its_console() -> None:
     """People talk through a process; the console shows who comes and goes, not what is said."""
     with run_server() as server:
-        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(server.port)
         alice.send("hello bob")
         bob.send("/me waves", "/msg alice psst")
         lines = alice.lines(3)
@@ -134,8 +136,7 @@ class Crowd:
 def test_what_was_accepted_is_delivered(number: int) -> None:
     """What one reader has seen before the signal comes to all, slow ones too, before the end."""
     with run_server("--rate-limit", "0") as server:
-        alice, bob = Peer(server.port).join("alice"), Peer(server.port).join("bob")
-        alice.expect("* bob joined the chat")
+        alice, bob = pair(server.port)
         lines = [f"{line} {'x' * 500}" for line in range(2000)]
         alice.send(*lines)
         alice.expect(*(f"alice: {line}" for line in lines))
@@ -159,7 +160,7 @@ def test_a_busy_room_ends_in_order() -> None:
         def talk(peer: Peer, name: str) -> None:
             lines: list[str] = []
             for turn in range(100_000):
-                with suppress(OSError):  # the server has ended
+                with contextlib.suppress(OSError):  # the server has ended
                     peer.send(*[str(turn)] * 5)
                 while line := peer.next_line():
                     lines.append(line)
@@ -346,24 +347,43 @@ def test_the_log_file_gets_what_the_console_gets(tmp_path: Path) -> None:
         assert "alice" in server.log()
 
 
-def test_a_console_that_is_closed_ends_no_server() -> None:
-    """A room whose console has nobody reading goes on, and still ends in order."""
-    command = [sys.executable, str(SERVER), "-v", "--port", "0"]
-    with no_leaks(), subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+@contextlib.contextmanager
+def console(*options: str) -> Iterator[tuple[IO[bytes], int, Peer]]:
+    """Run a talkative server; give its console, a pipe, its port, and alice, who sees it end."""
+    command = [sys.executable, SERVER, "-v", "--port", "0", *options]
+    with no_leaks(), subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         try:
             assert process.stderr is not None
-            port = int(process.stderr.readline().rpartition(":")[2])
-            process.stderr.close()
+            port = int(process.stderr.readline().rpartition(b":")[2])
             alice = Peer(port).join("alice")
-            for number in range(10):
-                alice.send(f"line {number}")
-                alice.expect(f"alice: line {number}")
+            yield process.stderr, port, alice
             process.terminate()
             alice.expect(protocol.SHUTTING_DOWN)
             alice.close()
             assert process.wait(STOP) == 0
         finally:
             process.kill()
+
+
+def test_a_console_that_is_closed_ends_no_server() -> None:
+    """A room whose console has nobody reading goes on, and still ends in order."""
+    with console() as (log, _, alice):
+        log.close()
+        for number in range(10):
+            alice.send(f"line {number}")
+            alice.expect(f"alice: line {number}")
+
+
+def test_a_console_that_nobody_reads_stops_nothing() -> None:
+    """With a full pipe for a console, as behind a stopped pager, people talk, come and go."""
+    with console("--rate-limit", "0") as (_, port, alice):
+        texts = [f"{number} {'x' * 100}" for number in range(2000)]
+        alice.send(*texts)
+        alice.expect(*(f"alice: {text}" for text in texts))
+        bob = Peer(port).join("bob")
+        bob.send("/quit").rest()
+        bob.close()
+        alice.expect("* bob joined the chat", "* bob left the chat")
 
 
 def test_the_server_listens_on_ipv6_too() -> None:
@@ -388,32 +408,3 @@ def test_it_is_started_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert SERVER.is_absolute()
     assert run_briefly("--version").returncode == 0
-
-
-def test_a_console_that_nobody_reads_stops_nothing() -> None:
-    """With a full pipe for a console, as behind a stopped pager, people talk, come and go."""
-    with no_leaks():
-        process = subprocess.Popen(
-            [sys.executable, SERVER, "--port", "0", "-v", "--rate-limit", "0"],
-            stderr=subprocess.PIPE,
-        )
-        assert process.stderr
-        try:
-            listening = re.search(rb"listening on \S+:(\d+)\n", process.stderr.readline())
-            assert listening
-            alice = Peer(int(listening[1])).join("alice")
-            texts = [f"{number} {'x' * 100}" for number in range(2000)]
-            alice.send(*texts)
-            alice.expect(*(f"alice: {text}" for text in texts))
-            bob = Peer(int(listening[1])).join("bob")
-            bob.send("/quit").rest()
-            bob.close()
-            alice.expect("* bob joined the chat", "* bob left the chat")
-            process.terminate()
-            alice.expect(protocol.SHUTTING_DOWN)
-            alice.close()
-            assert process.wait(STOP) == 0
-        finally:
-            process.kill()
-            process.wait()
-            process.stderr.close()

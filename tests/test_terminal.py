@@ -197,6 +197,7 @@ def test_readline_follows_the_size() -> None:
         terminal.wait_for(lambda screen: screen.cursor == (1, 3))
         terminal.type("\x7f" * 4 + "X\r")
         terminal.wait_for("'012345678X'")
+        assert terminal.screen.unsupported == []
 
 
 def test_size_is_told_to_the_program() -> None:
@@ -208,6 +209,7 @@ while True: print(os.get_terminal_size(), flush=True), signal.sigwait([signal.SI
 """
     with run(program, rows=8, columns=50) as terminal:
         terminal.wait_for("columns=50, lines=8")
+        assert not terminal.screen.shows("columns=60")
         terminal.resize(9, 60)
         terminal.wait_for("columns=60, lines=9")
 
@@ -270,6 +272,7 @@ print("all", keys)
         terminal.wait_for("ready")
         terminal.paste("one\ntwo\n\n" + "x" * 59991)
         terminal.wait_for(r"all b'one\rtwo\r\r'")
+        assert terminal.wait() == 0
 
 
 def test_ctrl_c_reaches_the_program() -> None:
