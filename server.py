@@ -344,14 +344,15 @@ class Connections:
             self._changed.notify_all()
 
     @contextlib.contextmanager
-    def place(self, client: Client, room: Room, *, is_owner: bool) -> Iterator[None]:
+    def place(self, client: Client, broadcaster: Broadcaster, key: str) -> Iterator[None]:
         """Reserve a place in the room while a client claims a name; raise `Farewell`.
 
         Who comes with the key of a place needs no other.  Meanwhile the client is not
         the oldest without a name.
         """
         with self._changed:
-            if not is_owner:
+            room = broadcaster.room  # here: who was decided on meanwhile counts there
+            if key not in room.keys:
                 self._check_space(client, room)
             self._claiming.add(client)
             self._unnamed.pop(client, None)
@@ -548,8 +549,7 @@ class Client:
         """Claim a name and a place in the room; raise `Refusal` or `Farewell`."""
         key = hashlib.sha256(asked.key.lower().encode()).hexdigest() if asked.key else ""
         claim = Claim(self.session, asked._replace(key=key), self.address, time.time())
-        room = self.server.broadcaster.room
-        with self.server.connections.place(self, room, is_owner=key in room.keys):
+        with self.server.connections.place(self, self.server.broadcaster, key):
             stay, is_back = self._ask(claim, output=self.output)
         self._be_called(stay.name)
         log.info("%s %s", self, "is back" if is_back else "joined")
@@ -694,7 +694,7 @@ class Client:
             has_left = farewell.line == protocol.BYE
             entry = (Left if has_left else Lost)(self.session, time.time())
             broadcaster.log.hand_in(Handed(entry))
-        self.output.released.wait()
+        self.gate.wait_released()
 
 
 # --- The room ----------------------------------------------------------------
@@ -920,10 +920,10 @@ class Room:
     """
 
     __slots__ = (
-        "bans", "deadline", "departed", "durable", "effects", "end", "fmt", "keeps", "keys",
-        "lines", "looks", "mail", "names", "sessions", "stays", "time",
+        "bans", "deadline", "departed", "durable", "effects", "end", "fmt", "is_shared", "keeps",
+        "keys", "lines", "looks", "mail", "names", "sessions", "stays", "time",
     )  # fmt: skip
-    _OWN = ("stays", "names", "looks", "keys", "sessions", "mail", "departed")
+    _SHARED = ("stays", "names", "looks", "keys", "sessions", "mail", "departed")
 
     def __init__(
         self, end: int = 0, bans: Iterable[Ban] = (), *, fmt: str = protocol.FORMAT, durable: bool
@@ -945,6 +945,7 @@ class Room:
         self.lines: list[bytes] = []
         self.effects: list[Effect] = []
         self.keeps = True
+        self.is_shared = False  # nothing but lines and effects is the draft's own yet
 
     def draft(self, *, keeps: bool = True) -> Room:
         """Return a room to apply entries to; this one stays as it is.
@@ -955,9 +956,7 @@ class Room:
         draft = Room.__new__(Room)
         for name in self.__slots__:
             setattr(draft, name, getattr(self, name))
-        for name in self._OWN:
-            setattr(draft, name, getattr(self, name).copy())
-        draft.lines, draft.effects, draft.keeps = [], [], keeps
+        draft.lines, draft.effects, draft.keeps, draft.is_shared = [], [], keeps, True
         return draft
 
     def apply(self, entry: Any) -> Any:
@@ -966,6 +965,10 @@ class Room:
         Raise `Refusal`, which was answered, or `Farewell` for what cannot be, and `Gone`
         when the session does not count any more; the room is as it was then.
         """
+        if self.is_shared and type(entry) not in self._CHANGES_NOTHING:
+            for name in self._SHARED:
+                setattr(self, name, getattr(self, name).copy())
+            self.is_shared = False
         try:
             return self._VERBS[type(entry)](self, entry)
         except Denied as denied:
@@ -1248,6 +1251,7 @@ class Room:
             raise Gone
         return self.stays[number]
 
+    _CHANGES_NOTHING = (Said, Answered, Asked)  # of the room but its end: most rounds copy nothing
     _VERBS: ClassVar[dict[type, Callable[[Room, Any], Any]]] = {
         Said: _said, Whispered: _whispered, Answered: _answered, Asked: _asked,
         Claim: _claim, Renamed: _renamed, Left: _left, Lost: _lost, Passed: _passed,
@@ -1382,11 +1386,12 @@ class Gate:
     when nothing more of its input counts: replaced, put out, failed or shut down.
     """
 
-    __slots__ = ("_bytes", "_changed", "_lines", "_rung", "closed")
+    __slots__ = ("_bytes", "_changed", "_lines", "_released", "_rung", "closed")
 
     def __init__(self) -> None:
         self.closed = False  # for good
         self._rung = False  # it may be worth looking again
+        self._released = False  # the broadcaster never touches the client again
         self._lines = 0  # on their way to the client, or reserved for such
         self._bytes = 0
         self._changed = threading.Condition(threading.Lock())  # guards all; notified by `ring`
@@ -1435,6 +1440,17 @@ class Gate:
             if self._changed.wait_for(lambda: self.closed, seconds):
                 raise Gone
 
+    def wait_released(self) -> None:
+        """Wait until the broadcaster has let go of the client."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._released)
+
+    def release(self) -> None:
+        """Let go of the client."""
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
+
     def ring(self) -> None:
         """Have the client's thread look again."""
         with self._changed:
@@ -1474,14 +1490,14 @@ class Output:
         self.data = b""  # what is under way, behind which is the cursor
         self.sent = 0  # bytes of that which its socket has taken
         self.in_flight = 0  # lines in it that are for this client alone
-        self.outbox: deque[tuple[int, bytes]] = deque()  # such lines, by position
+        self.outbox: list[tuple[int, bytes]] = []  # such lines, by position
         self.fetching = False  # what it gets next is being read from the file
         self.watched = False  # its socket is full; the selector tells when it is not
         self.until: int | None = None  # it leaves, and gets nothing from here on
         self.patience = 0.0  # seconds without progress until what is left then is given up
         self.parts_at = math.inf  # when that will be
         self.reason = ""  # why the room ended it, for the console
-        self.released = threading.Event()  # the broadcaster never touches it again
+        self.released = False  # the broadcaster never touches it again
 
     def enqueue(self, position: int, line: bytes) -> None:
         """Put a line for this client alone behind the room's lines before a position."""
@@ -1496,12 +1512,12 @@ class Output:
 
     def take_private(self) -> bool:
         """Put under way what is for this client alone and belongs here; tell if there is any."""
-        lines = []
-        while self.outbox and self.outbox[0][0] <= self.position:
-            lines.append(self.outbox.popleft()[1])
-        if lines:
-            self.data, self.in_flight = b"".join(lines), len(lines)
-        return bool(lines)
+        count = sum(1 for position, _ in self.outbox if position <= self.position)
+        if count:
+            self.data = b"".join(line for _, line in self.outbox[:count])
+            self.in_flight = count
+            del self.outbox[:count]
+        return count > 0
 
     def has_ended(self) -> bool:
         """Tell whether it has all that it is to get."""
@@ -1511,6 +1527,11 @@ class Output:
         """Let the client's thread find the end of its input."""
         self.gate.close()
         self.connection.shutdown(how)
+
+    def release(self) -> None:
+        """Let the client's thread have the socket for itself."""
+        self.released = True
+        self.gate.release()
 
 
 class Broadcaster:
@@ -1531,6 +1552,7 @@ class Broadcaster:
         self._selector.register(self._waker, selectors.EVENT_READ, None)
         self._following: list[Output] = []  # whom rounds serve: in the room, or parting
         self._due: set[Output] = set()  # whom the next round serves, new lines or not
+        self._parting: set[Output] = set()  # who gets what was said before they left, and no more
         self._outcomes: list[Outcome] = []  # to be settled when the round has ended
         # All before this position was offered to every client; while it is under the
         # history's end, a round is due.
@@ -1580,7 +1602,7 @@ class Broadcaster:
                 with contextlib.suppress(Exception):
                     time.sleep(ROUND)
         for output in self._following:
-            output.released.set()
+            output.release()
 
     def _wait(self) -> list[Output]:
         """Wait until something happened; return those whose sockets have room again."""
@@ -1590,7 +1612,7 @@ class Broadcaster:
         else:
             now = time.monotonic()
             ends = [self._stop_at, now + self.room.deadline - time.time()]
-            ends += (output.parts_at for output in self._following if output.until is not None)
+            ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
                 timeout = max(0.0, first - now)
         return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
@@ -1625,7 +1647,7 @@ class Broadcaster:
             self._end_stuck()
             self._log_said(start)
         finally:
-            self._following = [o for o in self._following if not o.released.is_set()]
+            self._following = [o for o in self._following if not o.released]
             outcomes, self._outcomes = self._outcomes, []
             for outcome in outcomes:
                 outcome.settle()
@@ -1739,6 +1761,7 @@ class Broadcaster:
             output.gate.close()
         else:
             output.patience = PARTING
+        self._parting.add(output)
         self._renew(output)
 
     def _take_pages(self) -> None:
@@ -1775,7 +1798,7 @@ class Broadcaster:
         position, data, end = -1, b"", -1  # where the one before stood, and what it got
         for output in outputs:
             if output.data or output.outbox or output.until is not None:
-                if not output.watched and not output.released.is_set():
+                if not output.watched and not output.released:
                     self._due.add(output)
                 continue
             if output.position != position:
@@ -1804,7 +1827,7 @@ class Broadcaster:
 
     def _serve(self, output: Output) -> None:
         """Give a client all that follows its cursor, as far as its socket takes it."""
-        if output.released.is_set():
+        if output.released:
             return
         full = False
         try:
@@ -1831,9 +1854,8 @@ class Broadcaster:
     def _end_stuck(self) -> None:
         """Let go of those who leave and have not taken anything for long."""
         now = time.monotonic()
-        for output in self._following:
-            if output.parts_at <= now and not output.released.is_set():
-                self._release(output)
+        for output in [output for output in self._parting if output.parts_at <= now]:
+            self._release(output)
 
     def _release(self, output: Output) -> None:
         """Let go of an output for good: its socket is its thread's to close."""
@@ -1845,7 +1867,8 @@ class Broadcaster:
             # The client's last word is in its socket; now its thread may find the end.
             output.connection.shutdown(socket.SHUT_RD)
         self._due.discard(output)
-        output.released.set()
+        self._parting.discard(output)
+        output.release()
 
     def _fail(self, output: Output, error: Exception) -> None:
         """Let a client's thread find that it cannot be served any more."""

@@ -349,7 +349,7 @@ def test_who_has_left_is_not_served_again(
     take_next, touched = room.broadcaster._take_next, []
 
     def watch(output: Output) -> bool:
-        if output.released.is_set():
+        if output.released:
             touched.append(output)
         return take_next(output)
 
