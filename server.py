@@ -867,21 +867,24 @@ class Mail(NamedTuple):
     lines: tuple[tuple[int, bytes], ...] = ()  # by position
     size: int = 0  # of them, in bytes
     kept_until: float = math.inf  # its owner has left
+    offered: int = 0  # of all that there ever were, those sent to a connection
 
-    def plus(self, position: int, line: bytes) -> Mail:
+    def plus(self, position: int, line: bytes, *, is_offered: bool) -> Mail:
         """Return it with one line more, and without the oldest where that is too much."""
         lines, size = (*self.lines, (position, line)), self.size + len(line)
         while len(lines) > MAIL_LINES or size > MAIL_BYTES:
             size -= len(lines[0][1])
             lines = lines[1:]
-        return Mail(self.total + 1, lines, size)
+        total = self.total + 1
+        return Mail(total, lines, size, offered=total if is_offered else self.offered)
 
     def without(self, had: int) -> Mail:
-        """Return it without the lines that its owner has had, of all that there ever were."""
+        """Return it for who comes back and has had so many of all that there ever were."""
         if had > self.total:  # they were counted before this room knew the key
-            return Mail(had)
+            return Mail(had, offered=had)
         lines = self.lines[max(0, len(self.lines) - (self.total - had)) :]
-        return Mail(self.total, lines, sum(len(line) for _, line in lines))
+        size = sum(len(line) for _, line in lines)
+        return Mail(self.total, lines, size, offered=self.total)
 
 
 class Ban(NamedTuple):
@@ -1038,10 +1041,13 @@ class Room:
 
     def _begin(self, claim: Claim, stay: Stay, greeting: list[str]) -> None:
         """Have a session follow the room, from where it asked for."""
-        had, missed, mail = claim.asked.whispers, 0, Mail()
-        if had is not None:
-            mail = self.mail[stay.key] = self.mail.get(stay.key, mail).without(had)
-            missed = mail.total - had - len(mail.lines)
+        mail, had = self.mail.get(stay.key, Mail()), claim.asked.whispers
+        if had is None:  # it does not count: what came while it was away is new to it
+            had = mail.offered
+        mail = mail.without(had)
+        if mail.total:
+            self.mail[stay.key] = mail  # while it is here, without an end
+        missed = mail.total - had - len(mail.lines)
         begin = Begin(claim.session, self.end, claim.asked, greeting, missed, mail.lines)
         self.effects.append(begin)
 
@@ -1128,7 +1134,8 @@ class Room:
             self.effects.append(ToOne(other.session, position, data))
         if other.key:
             mail = self.mail.get(other.key, Mail())
-            self.mail[other.key] = mail.plus(position, data)
+            is_offered = other.session is not None
+            self.mail[other.key] = mail.plus(position, data, is_offered=is_offered)
         self.stays[other.number] = other._replace(correspondent=stay.number)
 
     def _renamed(self, renamed: Renamed) -> str:
