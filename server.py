@@ -96,7 +96,7 @@ HELD = 15.0  # seconds that a place is kept for its key: longer than a change of
 MAIL_KEPT = 600.0  # seconds that private lines outlive the stay of who has not confirmed them
 MAIL_LINES = 1000  # private lines kept for a key
 MAIL_BYTES = 256 * 1024
-MAX_GONE = 1000  # people who left, of whom the address is known should they be banned
+MAX_GONE = 1000  # names that were left, for which an address is known should they be banned
 # In the broadcaster.
 SLICE = 100  # clients served, in a millisecond or so, before a round takes in what came meanwhile
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
@@ -935,7 +935,6 @@ class Room:
         self.durable = durable  # what is stored outlives the server
         self.end = end  # the position of the next line
         self.time = 0.0  # the latest that an entry has brought
-        self.deadline = math.inf  # when something that is kept is not kept any more
         self.bans = tuple(bans)
         self.stays: dict[int, Stay] = {}  # by number, as they joined
         self.names: dict[str, int] = {}  # which stay has a name, folded
@@ -943,7 +942,8 @@ class Room:
         self.keys: dict[str, int] = {}
         self.sessions: dict[int, int] = {}
         self.mail: dict[str, Mail] = {}  # by key
-        self.departed: dict[str, str] = {}  # addresses of who left last, by folded name
+        self.departed: dict[str, str] = {}  # addresses of who had a name last, by folded name
+        self._set_deadline()
         # Of a draft alone: what the round makes, and whether its lines can be stored.
         self.lines: list[bytes] = []
         self.effects: list[Effect] = []
@@ -1083,13 +1083,19 @@ class Room:
         del self.looks[protocol.look(stay.name)]
         self.keys.pop(stay.key, None)
         self.sessions.pop(stay.session or 0, None)
-        self.departed[protocol.fold(stay.name)] = stay.address
-        if len(self.departed) > MAX_GONE:
-            del self.departed[next(iter(self.departed))]
+        self._remember(stay)
         if mail := self.mail.get(stay.key):
             self.mail[stay.key] = mail._replace(kept_until=self.time + MAIL_KEPT)
             self._set_deadline()
         self._announce(line)
+
+    def _remember(self, stay: Stay) -> None:
+        """Know from where somebody was who has the name no more, should it be banned."""
+        name = protocol.fold(stay.name)
+        self.departed.pop(name, None)  # so that the oldest stands first
+        self.departed[name] = stay.address
+        if len(self.departed) > MAX_GONE:
+            del self.departed[next(iter(self.departed))]
 
     # Time.
 
@@ -1108,8 +1114,10 @@ class Room:
         self._set_deadline()
 
     def _set_deadline(self) -> None:
+        """Set when something ends of itself: a place or mail that is kept, or a ban."""
         kept: list[Stay | Mail] = [*self.stays.values(), *self.mail.values()]
-        self.deadline = min((one.kept_until for one in kept), default=math.inf)
+        ends = [ban.until for ban in self.bans if ban.until > self.time]
+        self.deadline = min([one.kept_until for one in kept] + ends, default=math.inf)
 
     # Talking.
 
@@ -1147,6 +1155,7 @@ class Room:
             raise Refusal(protocol.NOT_STORED)
         del self.names[protocol.fold(stay.name)], self.looks[protocol.look(stay.name)]
         self._enter(stay._replace(name=name))
+        self._remember(stay)
         self._answer(stay.session, protocol.now_named(name))
         self._announce(protocol.renamed(stay.name, name))
         return name
@@ -1183,6 +1192,7 @@ class Room:
             raise Refusal(protocol.OWN_BAN)
         kept = (old for old in self.bans if not old.is_over(self.time) and not old.is_of(ban.name))
         self.bans = (*kept, ban)
+        self._set_deadline()
         why = protocol.because_banned(ban.until, ban.reason)
         for stay in [*self.stays.values()]:
             if stay.number != by.number and ban.concerns(stay.name, stay.address, self.time):
@@ -1195,14 +1205,17 @@ class Room:
 
     def _ban(self, banned: Banned, by: Stay) -> Ban:
         """Return a ban with the address that it holds for: theirs now, as it was, or last."""
-        target = self.by_name(banned.name)
-        known = [target.address] if target else []
-        known += [old.address for old in self.bans if old.is_of(banned.name)]
-        known.append(self.departed.get(protocol.fold(banned.name), ""))
+        # Told by the clock of where it was given, and to hold by the room's.
+        until = banned.until and banned.until + (self.time - banned.time)
+        ban = Ban(banned.name, "", by.name, until, banned.reason)
+        present = self.stays.values()
+        known = [stay.address for stay in present if ban.concerns(stay.name, "", self.time)]
+        known += [old.address for old in self.bans if old.is_of(ban.name)]
+        known.append(self.departed.get(protocol.fold(ban.name), ""))
         address = next(filter(None, known), "")
         if address == by.address or (address and _is_loopback(address)):
             address = ""
-        return Ban(banned.name, address, by.name, banned.until, banned.reason)
+        return ban._replace(address=address)
 
     def _unbanned(self, unbanned: Unbanned) -> None:
         by = self._operator(unbanned)
