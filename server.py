@@ -104,6 +104,7 @@ REST = 0.25  # of a round's length is rested after it, ROUND at most, so that ot
 MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
 OUTBOX_LINES = 1000  # lines for one client alone that may wait
 OUTBOX_BYTES = 256 * 1024
+LONGEST_WAIT = 3600.0  # seconds; a selector takes no months, and a clock may be set back by years
 PARTING = 10.0  # seconds without progress until what is left for somebody who leaves is given up
 STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
 STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
@@ -126,6 +127,10 @@ class Gone(Exception):
 
 class Denied(Refusal):
     """What is refused is not a line, and the answer says no more than why."""
+
+
+class Unforeseen(Refusal):
+    """There was a fault in applying an entry; who waits for it is told by nobody else."""
 
 
 class Farewell(Exception):
@@ -635,10 +640,14 @@ class Client:
 
     def rename(self, name: str) -> None:
         """Take another name, and go on when it is decided: what follows is said under it."""
-        with contextlib.suppress(Refusal):  # it was answered where it was refused
-            old = self.name
+        old = self.name
+        try:
             self._be_called(self._ask(Renamed(self.session, name)))
-            log.info("%s was %s", self, old)
+        except Unforeseen:
+            raise
+        except Refusal:
+            return  # it was answered where it was refused
+        log.info("%s was %s", self, old)
 
     def promote(self) -> None:
         """Become an operator, and go on when it is so: what follows may rely on it."""
@@ -969,9 +978,7 @@ class Room:
         when the session does not count any more; the room is as it was then.
         """
         if self.is_shared and type(entry) not in self._CHANGES_NOTHING:
-            for name in self._SHARED:
-                setattr(self, name, getattr(self, name).copy())
-            self.is_shared = False
+            self._unshare()
         try:
             return self._VERBS[type(entry)](self, entry)
         except Denied as denied:
@@ -980,6 +987,35 @@ class Room:
         except Refusal as refusal:
             self._answer(entry.session, protocol.not_sent(refusal))
             raise
+
+    def do_without(self, entry: Any, before: Room, *, is_awaited: bool) -> None:
+        """Go on after a fault in an entry, `before` the round: who leaves is gone, others are told.
+
+        Who waits for what becomes of it is told by the thread that waits.
+        """
+        if isinstance(entry, (Left, Lost)):
+            self.effects.append(End(entry.session, self.end, Ending.LEFT))
+            if stay := self.by_session(entry.session) or before.by_session(entry.session):
+                self._strike(stay)
+        elif not is_awaited and not isinstance(entry, (Claim, Passed)):
+            for _ in entry.lines if isinstance(entry, Said) else [entry]:
+                self._answer(entry.session, protocol.not_sent(protocol.UNFORESEEN))
+
+    def _strike(self, stay: Stay) -> None:
+        """End a stay, wherever it may still stand after a fault."""
+        self._unshare()
+        self.stays.pop(stay.number, None)
+        for index in (self.names, self.looks, self.keys, self.sessions):
+            for key in [key for key, number in index.items() if number == stay.number]:
+                del index[key]  # type: ignore[arg-type]
+        self._announce(protocol.left(stay.name))
+
+    def _unshare(self) -> None:
+        """Have what entries change for the draft alone."""
+        if self.is_shared:
+            for name in self._SHARED:
+                setattr(self, name, getattr(self, name).copy())
+            self.is_shared = False
 
     # What others read.
 
@@ -1288,7 +1324,7 @@ class Outcome:
     __slots__ = ("_settled", "value")
 
     def __init__(self) -> None:
-        self.value: Any = Refusal(protocol.UNFORESEEN)  # should applying it fail
+        self.value: Any = Unforeseen(protocol.UNFORESEEN)  # should the round fail
         self._settled = threading.Event()
 
     def settle(self) -> None:
@@ -1605,8 +1641,10 @@ class Broadcaster:
     def _run(self) -> None:
         """Go round until the room ends; nothing that fails in a round ends it."""
         next_round = 0.0
-        while not self._is_over():
+        while True:
             try:
+                if self._is_over():
+                    break
                 writable = self._wait()
                 # Lines that come during the pause share the round's one send per client.
                 if (pause := next_round - time.monotonic()) > 0:
@@ -1623,6 +1661,10 @@ class Broadcaster:
                     time.sleep(ROUND)
         for output in self._following:
             output.release()
+        for handed in self.log.take():  # no round will come to it
+            if handed.outcome is not None:
+                handed.outcome.value = Gone()
+                handed.outcome.settle()
 
     def _wait(self) -> list[Output]:
         """Wait until something happened; return those whose sockets have room again."""
@@ -1634,7 +1676,7 @@ class Broadcaster:
             ends = [self._stop_at, now + self.room.deadline - time.time()]
             ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
-                timeout = max(0.0, first - now)
+                timeout = max(0.0, min(first - now, LONGEST_WAIT))
         return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
 
     def _is_over(self) -> bool:
@@ -1679,11 +1721,11 @@ class Broadcaster:
     def _apply_waiting(self) -> None:
         """Apply what was handed in, store its lines, and carry out what it means for each."""
         self._waker.clear()  # before taking, or what comes in between wakes nobody
+        self._take_pages()
         batch = self.log.take()
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
         if self.room.deadline <= time.time():
             batch.append(Handed(Passed(time.time())))
-        self._take_pages()
         if batch:
             room = self._applied(batch)
             self.room = room  # from here on others read it
@@ -1723,7 +1765,8 @@ class Broadcaster:
                 value = refusal
             except Exception:
                 log.exception("a fault in %s; the room goes on", type(handed.entry).__name__)
-                value = Refusal(protocol.UNFORESEEN)
+                value = Unforeseen(protocol.UNFORESEEN)
+                room.do_without(handed.entry, self.room, is_awaited=handed.outcome is not None)
             if handed.outcome is not None:
                 handed.outcome.value = value
         return room
@@ -1736,22 +1779,26 @@ class Broadcaster:
             self._bans_kept = room.bans
 
     def _carry_out(self, effect: Effect, claims: dict[int, Output]) -> None:
-        """Do for one client what the room has decided."""
-        if isinstance(effect, Begin):
-            output: Output | None = claims[effect.session]
-            assert output is not None
-            self._begin(output, effect)
-        elif (output := self.outputs.get(effect.session)) is None:
+        """Do for one client what the room has decided; a fault in it ends that client alone."""
+        output = (claims if isinstance(effect, Begin) else self.outputs).get(effect.session)
+        if output is None:
             return
-        elif isinstance(effect, ToOne):
-            output.enqueue(effect.position, effect.line)
-        else:
-            self._end(output, effect)
+        try:
+            if isinstance(effect, Begin):
+                self._begin(output, effect)
+            elif isinstance(effect, ToOne):
+                output.enqueue(effect.position, effect.line)
+            else:
+                self._end(output, effect)
+        except Exception as error:
+            self._fail(output, error)
         if not output.watched or output.until is not None:
             self._due.add(output)
 
     def _begin(self, output: Output, begin: Begin) -> None:
         """Have an output follow the room from where it was asked for."""
+        self.outputs[output.session] = output
+        self._following.append(output)
         asked, end = begin.asked, begin.position
         start = end - asked.last if asked.position is None else asked.position
         if start > end:  # of another history: all that can be had at once
@@ -1766,8 +1813,6 @@ class Broadcaster:
             output.enqueue(start, _encoded(line, self.history.fmt))
         for position, data in begin.mail:
             output.enqueue(min(position, end), data)
-        self.outputs[output.session] = output
-        self._following.append(output)
 
     def _end(self, output: Output, end: End) -> None:
         """Have an output get nothing from a position on."""
