@@ -460,6 +460,8 @@ def test_private_lines_wait_in_a_bounded_number(size: int) -> None:
         assert len(taken) <= kept
         assert len(taken) >= kept - 30
         sloth.expect(*(f"bob: {number} {WIDE}" for number in range(1000)), *taken)
+        gate = server.broadcaster.outputs[session_of(server, "sloth")].gate
+        wait_until(gate.is_open, "the last line to be counted as sent")
         bob.send("/msg sloth again")
         bob.expect("-> to sloth: again")
         sloth.expect("[from bob] again")
