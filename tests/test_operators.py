@@ -966,8 +966,8 @@ def test_ban_covers_the_network_of_an_ipv6_address() -> None:
 
 
 @pytest.fixture
-def elsewhere() -> Iterator[Callable[..., Peer]]:
-    """Give a function that connects a peer from a network of its own."""
+def elsewhere() -> Iterator[concurrent.futures.Executor]:
+    """Give a thread that is in a network of its own, with addresses of three IPv6 networks."""
     ip, name = shutil.which("ip"), f"chat-{os.getpid()}"
     if ip is None or os.geteuid() != 0:
         pytest.skip("making a network namespace takes root and the program ip")
@@ -975,53 +975,51 @@ def elsewhere() -> Iterator[Callable[..., Peer]]:
     def run(command: str) -> int:
         return subprocess.run([ip, *command.split()], capture_output=True, check=False).returncode
 
-    link = f"chat{os.getpid()}"
+    commands = [f"netns add {name}", f"-n {name} link set lo up"]
+    commands += [f"-n {name} addr add {host}/64 dev lo nodad" for host in (HOST, *GUESTS)]
     try:
-        for command in (
-            f"netns add {name}",
-            f"link add {link} type veth peer name inside netns {name}",
-            f"addr add fd00:c4a7:0:1::1/64 dev {link} nodad",
-            f"link set {link} up",
-            f"route add fd00:c4a7:0:2::/63 dev {link}",
-            f"-n {name} link set inside up",
-            f"-n {name} addr add fd00:c4a7:0:1::2/64 dev inside nodad",
-            f"-n {name} addr add fd00:c4a7:0:2::a/64 dev inside nodad",
-            f"-n {name} addr add fd00:c4a7:0:2::b/64 dev inside nodad",
-            f"-n {name} addr add fd00:c4a7:0:3::a/64 dev inside nodad",
-        ):
+        for command in commands:
             if run(command):
                 pytest.skip(f"this machine makes no such network: ip {command}")
-        with open(f"/run/netns/{name}", "rb") as namespace:
-
-            def connect(port: int, source: str) -> Peer:
-                with concurrent.futures.ThreadPoolExecutor(1) as pool:  # it alone moves over there
-                    setns = ctypes.CDLL(None, use_errno=True).setns
-                    assert pool.submit(setns, namespace.fileno(), 0).result() == 0
-                    host = "fd00:c4a7:0:1::1"
-                    return pool.submit(Peer, port, source=source, host=host).result()
-
-            yield connect
+        with (
+            open(f"/run/netns/{name}", "rb") as namespace,
+            concurrent.futures.ThreadPoolExecutor(1) as thread,
+        ):
+            setns = ctypes.CDLL(None).setns
+            assert thread.submit(setns, namespace.fileno(), 0).result() == 0
+            yield thread
     finally:
-        run(f"link del {link}")
         run(f"netns del {name}")
 
 
-def test_ban_covers_the_network_of_a_real_connection(elsewhere: Callable[..., Peer]) -> None:
+HOST = "2001:db8:0:1::1"
+GUESTS = ("2001:db8:0:1::2", "2001:db8:0:2::a", "2001:db8:0:2::b", "2001:db8:0:3::a")
+
+
+def test_ban_covers_the_network_of_a_real_connection(
+    elsewhere: concurrent.futures.Executor,
+) -> None:
     """Over IPv6 the next address of a banned /64 is turned away, another network's let in."""
-    with run_chat(host="::", op_password=OPERATOR, max_per_address=2) as room:
-        alice = elsewhere(room.port, "fd00:c4a7:0:1::2").join("alice")
+    chat = run_chat(host="::", op_password=OPERATOR, max_per_address=2)
+    room = elsewhere.submit(chat.__enter__).result()
+    with contextlib.ExitStack() as stack:
+        stack.push(chat)
+
+        def connect(source: str) -> Peer:
+            return elsewhere.submit(Peer, room.port, source=source, host=HOST).result()
+
+        near, first, second, other = GUESTS
+        alice = connect(near).join("alice")
         alice.send(f"/op {OPERATOR}")
         alice.expect(ENTER)
-        bob = elsewhere(room.port, "fd00:c4a7:0:2::a").join("bob")
-        carol = elsewhere(room.port, "fd00:c4a7:0:2::b").join("carol")
-        third = elsewhere(room.port, "fd00:c4a7:0:2::b").introduce("third")
-        assert third.rest() == [protocol.ADDRESS_FULL]
+        bob, carol = connect(first).join("bob"), connect(second).join("carol")
+        assert connect(second).introduce("third").rest() == [protocol.ADDRESS_FULL]
         alice.send("/ban bob")
         for peer in bob, carol:
             assert "-> you were kicked by alice: banned for good" in peer.rest()
-        again = elsewhere(room.port, "fd00:c4a7:0:2::b").introduce("dave")
-        assert again.rest() == ["-> you are banned by alice for good"]
-        elsewhere(room.port, "fd00:c4a7:0:3::a").join("erin")
+        told = connect(second).introduce("dave").rest()
+        assert told == ["-> you are banned by alice for good"]
+        connect(other).join("erin")
 
 
 def test_bans_are_listed_and_taken_back(room: ChatServer, far_away: None) -> None:
