@@ -1184,10 +1184,7 @@ class Room:
         if (number := self.keys.get(claim.asked.key)) is not None:
             return self._take_over(self.stays[number], claim), True
         name = claim.asked.name
-        for ban in self.bans:
-            if ban.concerns(name, claim.address, self.time):
-                line = protocol.you_are_banned(ban.by, ban.until, ban.reason)
-                raise Farewell("banned", line)
+        self._check_bans(name, claim.address)
         self._check_name(name)
         present = self.present()
         shown = present[: protocol.WELCOME_NAMES]
@@ -1200,6 +1197,8 @@ class Room:
 
     def _take_over(self, stay: Stay, claim: Claim) -> Stay:
         """Give a place to who comes with its key, with no word to the room."""
+        if not stay.is_operator:
+            self._check_bans(stay.name, claim.address)
         if stay.session is not None:
             self.effects.append(End(stay.session, self.end, Ending.REPLACED, "replaced"))
             del self.sessions[stay.session]
@@ -1210,6 +1209,13 @@ class Room:
             greeting.append(protocol.now_named(stay.name))
         self._begin(claim, stay, greeting)
         return stay
+
+    def _check_bans(self, name: str, address: str) -> None:
+        """Raise `Farewell` for who is kept out."""
+        for ban in self.bans:
+            if ban.concerns(name, address, self.time):
+                line = protocol.you_are_banned(ban.by, ban.until, ban.reason)
+                raise Farewell("banned", line)
 
     def _check_name(self, name: str, own: Stay | None = None) -> None:
         """Raise `Refusal` for a name that somebody else has, or that looks like one."""
