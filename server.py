@@ -1104,10 +1104,6 @@ class Room:
     room can read it without a lock, since from then on it does not change.
     """
 
-    __slots__ = (
-        "bans", "deadline", "departed", "durable", "effects", "end", "fmt", "is_shared", "keeps",
-        "keys", "lines", "looks", "mail", "names", "sessions", "stays", "time",
-    )  # fmt: skip
     _SHARED = ("stays", "names", "looks", "keys", "sessions", "mail", "departed")
 
     def __init__(
@@ -1139,8 +1135,7 @@ class Room:
         its authors, and nothing is announced.
         """
         draft = Room.__new__(Room)
-        for name in self.__slots__:
-            setattr(draft, name, getattr(self, name))
+        vars(draft).update(vars(self))
         draft.lines, draft.effects, draft.keeps, draft.is_shared = [], [], keeps, True
         return draft
 
@@ -1835,7 +1830,8 @@ class Broadcaster:
                     self._serve_due()
                 self._offered = end
             self._serve_due()
-            self._end_stuck()
+            if self._parting:
+                self._end_stuck()
             self._log_said(start)
         finally:
             self._following = [o for o in self._following if not o.released]
@@ -1854,18 +1850,24 @@ class Broadcaster:
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
         if self.room.deadline <= time.time():
             batch.append(Handed(Passed(time.time())))
-        self._take_pages()
+        if self._pager.pages:
+            self._take_pages()
         if batch:
             room = self._applied(batch)
             self.room = room  # from here on others read it
-            claims = {handed.output.session: handed.output for handed in batch if handed.output}
-            for effect in room.effects:
-                self._carry_out(effect, claims)
-            for handed in batch:
-                if handed.reserved:
-                    handed.reserved.remove(1, handed.size)
+            if room.effects:
+                self._carry_out_all(room.effects, batch)
         if self._stop_at < math.inf and not self.log:
             self._say_goodbye()
+
+    def _carry_out_all(self, effects: list[Effect], batch: list[Handed]) -> None:
+        """Do for single clients what a round means for them."""
+        claims = {handed.output.session: handed.output for handed in batch if handed.output}
+        for effect in effects:
+            self._carry_out(effect, claims)
+        for handed in batch:
+            if handed.reserved:
+                handed.reserved.remove(1, handed.size)
 
     def _applied(self, batch: list[Handed]) -> Room:
         """Return the room as a batch leaves it, stored as far as it can be."""

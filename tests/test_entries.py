@@ -142,7 +142,7 @@ class Record:
     def state(self) -> dict[str, Any]:
         """Return all that the room is."""
         transient = {"lines", "effects", "keeps", "is_shared"}
-        return {name: getattr(self.room, name) for name in Room.__slots__ if name not in transient}
+        return {name: value for name, value in vars(self.room).items() if name not in transient}
 
 
 @pytest.mark.parametrize("seed", range(5))
