@@ -29,6 +29,8 @@ import re
 import select
 import socket
 import ssl
+import struct
+import sys
 import textwrap
 import threading
 import time
@@ -713,7 +715,19 @@ class Connection:
     def close(self) -> None:
         """Close the socket; only its owner does."""
         with self._lock:
+            self._say_goodbye()
             self._sock.close()
+
+    def is_dead(self) -> bool:
+        """Tell whether a peer that is owed bytes has acknowledged nothing for too long.
+
+        A reader that is suspended is not dead: its system answers.  A peer that is owed
+        nothing is not dead either: `keep_alive` finds out, and its connection breaks.
+        False where the platform does not tell, and the system's own patience decides.
+        """
+        with self._lock, contextlib.suppress(OSError):  # closed already
+            return _has_lost_its_peer(self._sock)
+        return False
 
     def shake_hands(self, deadline: float) -> None:
         """Do what has to be done before the first byte: nothing, without TLS."""
@@ -722,6 +736,9 @@ class Connection:
     def _has_bytes(self) -> bool:
         """Tell whether there are bytes that waiting for the socket would not see."""
         return False
+
+    def _say_goodbye(self) -> None:
+        """Tell the peer, under the lock, that nothing follows: nothing more to do without TLS."""
 
 
 class TlsConnection(Connection):
@@ -849,7 +866,15 @@ class Waker:
 KEEPALIVE_IDLE = 60  # seconds of silence before the first probe
 KEEPALIVE_INTERVAL = 15  # seconds between probes
 KEEPALIVE_PROBES = 4  # unanswered ones until the peer counts as dead
-UNACKNOWLEDGED = 120_000  # milliseconds that sent bytes may stay unacknowledged
+# Seconds without an acknowledgement until a peer that is owed bytes counts as dead: as
+# long as keepalive takes; with a closed window so long that two probes may be lost, which
+# Linux sends every 120 s at the rarest.  TCP_USER_TIMEOUT would not tell the two apart.
+UNACKNOWLEDGED = 120.0
+UNACKNOWLEDGED_CLOSED = 300.0
+
+# What Linux tells in struct tcp_info of a connection: segments that are unacknowledged,
+# milliseconds since the last acknowledgement, bytes that are unsent, and the peer's window.
+TCP_INFO = struct.Struct("=24x I 28x I 84x I 80x I")
 
 
 def keep_alive(sock: socket.socket) -> None:
@@ -861,7 +886,19 @@ def keep_alive(sock: socket.socket) -> None:
         ("TCP_KEEPALIVE", KEEPALIVE_IDLE),  # its name on macOS
         ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED),
     ):
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _has_lost_its_peer(sock: socket.socket) -> bool:
+    """Tell whether bytes wait for a peer that has been silent too long; raise `OSError`."""
+    if sys.platform != "linux":  # FreeBSD's TCP_INFO is laid out in another way
+        return False
+    told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
+    # A kernel before 5.4 does not tell the window, which then counts as closed.
+    unacknowledged, silence, unsent, window = TCP_INFO.unpack(told.ljust(TCP_INFO.size, b"\0"))
+    if not unacknowledged and not unsent:
+        return False
+    is_open = unacknowledged and window
+    return silence > 1000 * (UNACKNOWLEDGED if is_open else UNACKNOWLEDGED_CLOSED)
