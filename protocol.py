@@ -698,6 +698,8 @@ class Connection:
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         """End the connection from any thread; it wakes the one that waits in `receive`."""
         with self._lock, contextlib.suppress(OSError):  # it may have ended already
+            if how != socket.SHUT_RD:
+                self._say_goodbye()
             # An SSLSocket's own shutdown would take its TLS away from the other thread.
             socket.socket.shutdown(self._sock, how)
 
@@ -738,14 +740,17 @@ class Connection:
         return False
 
     def _say_goodbye(self) -> None:
-        """Tell the peer, under the lock, that nothing follows: nothing more to do without TLS."""
+        """Tell the peer, under the lock, that nothing follows: nothing to say without TLS."""
+        return
 
 
 class TlsConnection(Connection):
     """A connection inside TLS.
 
     An SSLSocket must not be used by two threads at once: the lock that guards the
-    descriptor guards it too.  Which end we are is the context's to say.
+    descriptor guards it too.  Which end we are is the context's to say.  It is said
+    to the peer where we end (``close_notify``), or it could not tell it from a cut;
+    a peer that ends without a word has ended all the same.
     """
 
     RECORD = 16 * 1024  # bytes; OpenSSL takes a record whole or not at all
@@ -753,6 +758,9 @@ class TlsConnection(Connection):
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str = "") -> None:
         is_server = context.protocol == ssl.PROTOCOL_TLS_SERVER
         super().__init__(sock)
+        # Without this, OpenSSL 3 refuses to send anything more when the input was cut.
+        context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+        sock.getpeername()  # raises after a reset; wrap_socket() would not close the socket
         self._tls: ssl.SSLSocket = context.wrap_socket(
             sock,
             server_side=is_server,
@@ -760,7 +768,9 @@ class TlsConnection(Connection):
             server_hostname=None if is_server else host,
         )
         self._sock = self._tls
-        self._failed = False  # the peer speaks no TLS, and is told so without
+        # TLS was not agreed on, which the peer is told without, or is over by our
+        # goodbye; what still comes is thrown away.
+        self._outside = False
 
     def shake_hands(self, deadline: float) -> None:
         """Agree on keys; raise `ssl.SSLError`, or `TimeoutError` at the deadline."""
@@ -774,20 +784,20 @@ class TlsConnection(Connection):
             except ssl.SSLWantWriteError:
                 writable = True
             except OSError:  # it speaks no TLS, or nothing in time
-                self._failed = True
+                self._outside = True
                 raise
             try:
                 _wait(self._sock, deadline, writable=writable)
             except TimeoutError:
-                self._failed = True
+                self._outside = True
                 raise
 
     def receive_now(self) -> bytes | None:
         """Return the bytes that are there, ``b""`` at the end, None when none are there yet."""
         with self._lock:
             try:
-                if self._failed:
-                    return socket.socket.recv(self._sock, RECEIVE)
+                if self._outside:
+                    return None if socket.socket.recv(self._sock, RECEIVE) else b""
                 return self._tls.recv(RECEIVE)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
                 return None
@@ -797,7 +807,7 @@ class TlsConnection(Connection):
         sent = 0
         with self._lock:
             try:
-                if self._failed:
+                if self._outside:
                     return socket.socket.send(self._sock, data)
                 while sent < len(data):
                     sent += self._tls.send(data[sent : sent + self.RECORD])
@@ -811,7 +821,15 @@ class TlsConnection(Connection):
 
     def _has_bytes(self) -> bool:
         with self._lock:
-            return not self._failed and self._tls.pending() > 0
+            return not self._outside and self._tls.pending() > 0
+
+    def _say_goodbye(self) -> None:
+        if not self._outside:
+            self._outside = True
+            # ValueError without TLS around it; else the peer has not said goodbye yet, or
+            # the socket is full, or has ended.  In each case there is nothing to wait for.
+            with contextlib.suppress(OSError, ValueError):
+                self._tls.unwrap()
 
 
 def _wait(sock: socket.socket, deadline: float | None, *, writable: bool = False) -> None:
@@ -900,5 +918,5 @@ def _has_lost_its_peer(sock: socket.socket) -> bool:
     unacknowledged, silence, unsent, window = TCP_INFO.unpack(told.ljust(TCP_INFO.size, b"\0"))
     if not unacknowledged and not unsent:
         return False
-    is_open = unacknowledged and window
-    return silence > 1000 * (UNACKNOWLEDGED if is_open else UNACKNOWLEDGED_CLOSED)
+    seconds = UNACKNOWLEDGED if unacknowledged and window else UNACKNOWLEDGED_CLOSED
+    return bool(silence > 1000 * seconds)
