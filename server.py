@@ -50,6 +50,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from io import TextIOWrapper
 from types import TracebackType
 from typing import NamedTuple
 
@@ -1406,12 +1407,14 @@ class ChatServer(Room):
     def _accept(self) -> None:
         """Accept one connection and start its thread."""
         sock, (host, port, *_) = self._listener.accept()
+        host = protocol.escape(host.removeprefix("::ffff:"))  # IPv4 at a socket for both
         try:
             connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
-            client = Client(connection, protocol.escape(host), port)
-        except BaseException:
+        except OSError as error:  # reset by now: its own affair
             sock.close()
-            raise
+            log.info("unnamed (%s:%d) left: %s", host, port, error)
+            return
+        client = Client(connection, host, port)
         self._register(client)
         try:
             threading.Thread(target=self.handle, args=[client], daemon=True).start()
@@ -1571,9 +1574,13 @@ class ChatServer(Room):
 
 
 def _listen_on(host: str, port: int) -> socket.socket:
-    """Return a listening socket, for IPv6 too."""
+    """Return a listening socket; one on all addresses of IPv6 takes in IPv4 too."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    listener = socket.create_server((host, port), family=found[0][0], backlog=BACKLOG)
+    family = found[0][0]
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    listener = socket.create_server(
+        (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both
+    )
     listener.setblocking(False)
     return listener
 
@@ -1588,41 +1595,39 @@ def _is_loopback(host: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Run the server until a signal ends it; return the exit status."""
     options = _parser().parse_args(arguments)
-    with _signals() as signals:
-        return _run_until(signals, options)
-
-
-def _run_until(signals: socket.socket, options: argparse.Namespace) -> int:
-    """Run the server until a byte for a signal comes; return the exit status."""
+    # Looked for before SIGHUP is heard: until then, a terminal that goes ends the process.
+    had_terminal = _has_terminal()
     threading.stack_size(STACK)
-    try:
-        console = Console(options.log_file, options.verbose)
-    except OSError as error:
-        return _fail(error, options)
-    console.start()
-    try:
-        server = _server(options)
-    except (OSError, UnicodeError, Refusal, HistoryError) as error:
-        console.finish()
-        return _fail(error, options)
-    gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
-    with server:
-        signals.recv(1)
-    if not console.finish():
-        os._exit(0)  # its thread is stuck in a write, and would hold up the exit
+    with contextlib.ExitStack() as running:
+        try:
+            signals = running.enter_context(_signals())
+            console = running.enter_context(Console(options.log_file, options.verbose))
+            server = running.enter_context(_server(options))
+        except (OSError, UnicodeError, RuntimeError, Refusal, HistoryError) as error:
+            running.close()  # what is logged comes before the reason
+            return _fail(error, options)
+        gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
+        _announce(server)
+        _wait_for_end(signals, server, options, had_terminal)
+    if console.is_stuck():
+        os._exit(0)  # a thread that does not come back from a write would hold up the exit
     return 0
+
+
+# Signals.
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """Give a socket that gets a byte for each signal that asks the server to end.
+    """Give a socket that gets a byte, its number, for each signal that the server hears.
 
     One that comes just before the main thread waits would be lost on a lock or queue.
+    What was ignored at the start, as SIGHUP under nohup, stays ignored.
     """
     reader, writer = socket.socketpair()
     with reader, writer:
         writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # it is awake then
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
                 signal.signal(getattr(signal, name), lambda number, frame: None)
@@ -1632,15 +1637,70 @@ def _signals() -> Iterator[socket.socket]:
             signal.set_wakeup_fd(-1)
 
 
+def _wait_for_end(
+    signals: socket.socket, server: ChatServer, options: argparse.Namespace, had_terminal: bool
+) -> None:
+    """Wait for a signal that ends the server; with SIGHUP it takes its files anew."""
+    while signals.recv(1)[0] == getattr(signal, "SIGHUP", None):
+        if had_terminal and not _has_terminal():
+            log.info("the terminal is gone")
+            return
+        _renew(server, options)
+
+
+def _has_terminal() -> bool:
+    """Tell whether there is a controlling terminal, whose end SIGHUP may be."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+    except OSError as error:
+        # Without a free descriptor it cannot be told: a room is not ended on a guess.
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return True
+
+
+def _renew(server: ChatServer, options: argparse.Namespace) -> None:
+    """Take the files that the options name anew; go on with the old where one cannot be used."""
+
+    def certificate() -> None:
+        server.tls = _tls_context(options)
+
+    def password() -> None:
+        server.password = _password(options.password_file)
+
+    def op_password() -> None:
+        server.op_password = _password(options.op_password_file)
+
+    def log_file() -> None:
+        LogFile.check(options.log_file)  # it is its writer that opens it, with the next line
+
+    for file, take in (
+        (options.log_file, log_file),
+        (options.tls_cert, certificate),
+        (options.password_file, password),
+        (options.op_password_file, op_password),
+    ):
+        if file is not None:
+            try:
+                take()
+            except (OSError, Refusal) as error:
+                log.error("%s; going on with what was there", _trouble(error, options))
+            else:
+                log.info("took %s anew", file)
+
+
+# Starting.
+
+
 def _server(options: argparse.Namespace) -> ChatServer:
     """Make the server that the options describe."""
+    max_clients, max_unnamed = _affordable(options.max_clients, options.max_unnamed)
     return ChatServer(
         options.host,
         options.port,
         options.format,
-        max_clients=_affordable(options.max_clients, options.max_unnamed),
+        max_clients=max_clients,
         max_per_address=options.max_per_address,
-        max_unnamed=options.max_unnamed,
+        max_unnamed=max_unnamed,
         name_deadline=options.name_deadline,
         rate_limit=options.rate_limit,
         history=options.history,
@@ -1650,11 +1710,6 @@ def _server(options: argparse.Namespace) -> ChatServer:
     )
 
 
-def _fail(error: Exception, options: argparse.Namespace) -> int:
-    print(f"server.py: {_explain(error, options)}", file=sys.stderr)
-    return 1
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="server.py",
@@ -1662,7 +1717,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--host", default=protocol.HOST, help="address to listen on; 0.0.0.0 is all of them")
+    option(
+        "--host", default=protocol.HOST, help="address to listen on; :: is all, 0.0.0.0 all of IPv4"
+    )
     option("--port", type=protocol.port, default=protocol.PORT, help="0 takes any free one")
     option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="of the text")
     option("--max-clients", type=_number(int, 1), default=1000, metavar="N", help="in the room")
@@ -1708,52 +1765,171 @@ def _number(kind: type[int] | type[float], least: float) -> Callable[[str], floa
     return read
 
 
-def _affordable(clients: int, unnamed: int) -> int:
-    """Return how many clients the limit of file descriptors allows, raised if need be."""
-    if resource is None:
-        return clients
+def _affordable(clients: int, unnamed: int) -> tuple[int, int]:
+    """Return how many clients, and how many without a name, file descriptors allow.
+
+    The limit is raised if need be.  Where it is too low for all, those without a name
+    get a quarter of what is left, so that somebody can still come in.
+    """
     wanted = clients + unnamed + SPARE_DESCRIPTORS
+    allowed = _descriptors(wanted)
+    if allowed < wanted:
+        left = max(2, allowed - SPARE_DESCRIPTORS)
+        unnamed = min(unnamed, max(1, left // 4))
+        clients = min(clients, left - unnamed)
+        log.warning(
+            "room for %d clients and %d without a name only: %d file descriptors are allowed;"
+            " ulimit -n raises that",
+            *(clients, unnamed, allowed),
+        )
+    return clients, unnamed
+
+
+def _descriptors(wanted: int) -> int:
+    """Return how many file descriptors may be open, raised to those wanted where it can be."""
+    if resource is None:
+        return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        if soft < wanted:
-            clients = max(1, soft - unnamed - SPARE_DESCRIPTORS)
-            log.warning("room for %d clients only: %d file descriptors allowed", clients, soft)
-    return clients
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+    except (ValueError, OSError):  # macOS has a limit that it does not tell
+        return soft
+    return more
 
 
-class Console(logging.handlers.QueueListener):
-    """Writes the log in a thread of its own: one that nobody reads must not stop the room."""
+def _announce(server: ChatServer) -> None:
+    """Log where friends can reach a room that is open to the network, and what it lacks."""
+    host = ipaddress.ip_address(server.host.partition("%")[0])
+    if _is_loopback(server.host):
+        return
+    addresses = list(_own_addresses(host.version == 6)) if host.is_unspecified else []
+    if addresses:
+        log.info("friends can reach it at %s, port %d", " or ".join(addresses), server.port)
+    lacks = []
+    if server.tls is None:
+        lacks.append("without TLS, so that others can read along (--tls-cert)")
+    if server.password is None:
+        lacks.append("without a password, so that anybody can come in (--password-file)")
+    if lacks:
+        log.warning("the room is open to the network %s", " and ".join(lacks))
+
+
+def _own_addresses(six: bool) -> Iterator[str]:
+    """Yield the addresses at which this machine is reached: those that it would send from."""
+    routes = [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")]  # nobody's
+    for family, elsewhere in routes if six else routes[:1]:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))  # sends nothing, and chooses the address for it
+            yield probe.getsockname()[0]
+
+
+def _password(file: str) -> Password:
+    """Return the password in a file; raise `OSError` or `Refusal`."""
+    return Password(protocol.password(file, "") or "")
+
+
+# The console.
+
+
+class Console:
+    """The log, on standard error and in a file, written by a thread for each.
+
+    A terminal that nobody reads or a disk that takes nothing holds up neither the room
+    nor the other.  Raise `OSError` when the file cannot be written.
+    """
+
+    PATIENCE = 0.5  # seconds in the end for what is still to be written
 
     def __init__(self, file: str | None, verbose: bool) -> None:
-        handlers: list[logging.Handler] = [logging.StreamHandler()]
+        places: list[logging.Handler] = [logging.StreamHandler()]
         if file is not None:
-            handlers.append(logging.FileHandler(file))
-        records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_RECORDS)
-        super().__init__(records, *handlers)
+            places.append(LogFile(file, encoding="utf-8", errors="backslashreplace"))
+        self._writers = [Writer(place) for place in places]
         logging.basicConfig(
             format="%(asctime)s %(levelname)s %(message)s",
             level=logging.DEBUG if verbose else logging.INFO,
-            handlers=[logging.handlers.QueueHandler(records)],
+            handlers=[logging.handlers.QueueHandler(writer.records) for writer in self._writers],
         )
         logging.raiseExceptions = False  # a closed terminal or a full disk ends no server
 
-    def finish(self) -> bool:
-        """Write what is left; tell whether somebody took it."""
-        writer = self._thread
-        if writer is None:
-            return True
+    def __enter__(self) -> Console:
+        for writer in self._writers:
+            writer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        deadline = time.monotonic() + self.PATIENCE
+        for writer in self._writers:
+            writer.finish(deadline)
+
+    def is_stuck(self) -> bool:
+        """Tell whether something is still being written."""
+        return any(writer.is_alive() for writer in self._writers)
+
+
+class Writer(threading.Thread):
+    """Writes the log to one place."""
+
+    def __init__(self, place: logging.Handler) -> None:
+        super().__init__(name="log", daemon=True)
+        self.records: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_RECORDS)
+        self._place = place
+
+    def run(self) -> None:
+        """Write what comes until `finish`."""
+        while (record := self.records.get()) is not None:
+            self._place.handle(record)
+        with contextlib.suppress(OSError):  # a full disk; nobody is left to tell
+            self._place.close()
+
+    def finish(self, deadline: float) -> None:
+        """Have the thread end, and wait for it until the deadline."""
+        with contextlib.suppress(queue.Full):
+            self.records.put(None, timeout=max(0.0, deadline - time.monotonic()))
+        if self.ident is not None:  # it was started
+            self.join(max(0.0, deadline - time.monotonic()))
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """The log in a file that only its owner can read, made anew when it was moved away."""
+
+    @staticmethod
+    def check(file: str) -> None:
+        """Raise `OSError` when a file cannot be logged to."""
+        with open(file, "a", opener=_private):
+            pass
+
+    def reopenIfNeeded(self) -> None:  # noqa: N802
+        """Open the file anew if it was moved away; go on with the old where that fails."""
+        with contextlib.suppress(OSError):
+            if self._was_moved():
+                old, self.stream = self.stream, self._open()
+                self._statstream()
+                if old is not None:
+                    old.close()
+
+    def _was_moved(self) -> bool:
         try:
-            self.enqueue_sentinel()
-        except queue.Full:
-            return False
-        writer.join(STOP_CLOSE)
-        if writer.is_alive():
-            return False
-        for handler in self.handlers:
-            handler.close()
-        return True
+            found = os.stat(self.baseFilename)
+        except FileNotFoundError:
+            return True
+        return (found.st_dev, found.st_ino) != (self.dev, self.ino)
+
+    def _open(self) -> TextIOWrapper:
+        return open(
+            self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=_private
+        )
+
+
+def _private(file: str, flags: int) -> int:
+    """Open a file, and make one that is not there readable by its owner alone."""
+    return os.open(file, flags, 0o600)
+
+
+# TLS.
 
 
 def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
@@ -1767,6 +1943,10 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     for file in filter(None, (options.tls_cert, options.tls_key)):
         with open(file, "rb"):
             pass  # so that an error names the file
+    certificate = pathlib.Path(options.tls_cert).read_text("ascii", "replace")
+    fingerprint = protocol.fingerprint(_der(options.tls_cert, certificate))
+    if options.tls_key is None and "PRIVATE KEY-----" not in certificate:
+        raise Refusal(f"{options.tls_cert} has no key in it; give the key's file with --tls-key")
     try:
         # A key that wants a passphrase is refused, not asked for: nobody may be there.
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
@@ -1775,36 +1955,56 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
             f"cannot use {options.tls_cert} with its key: {error.reason or 'not a certificate'};"
             " give a PEM certificate and its key without a passphrase"
         ) from None
-    log.info("certificate SHA256 fingerprint %s", protocol.fingerprint(_der(options.tls_cert)))
+    log.info("certificate SHA256 fingerprint %s", fingerprint)
     return context
 
 
-def _der(file: str) -> bytes:
+def _der(file: str, text: str) -> bytes:
     """Return the first certificate of a PEM file as its fingerprint is taken of."""
-    text = pathlib.Path(file).read_text("ascii", "replace")
-    begin = text.index("-----BEGIN CERTIFICATE-----")
-    end = text.index("-----END CERTIFICATE-----", begin)
-    return ssl.PEM_cert_to_DER_cert(text[begin:end] + "-----END CERTIFICATE-----")
+    form = r"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----"
+    found = re.search(form, text)
+    try:
+        return ssl.PEM_cert_to_DER_cert(found[0] if found else "")
+    except ValueError:
+        raise Refusal(f"{file} has no certificate in it; give one in PEM form") from None
+
+
+# What went wrong.
+
+
+def _fail(error: Exception, options: argparse.Namespace) -> int:
+    print(f"server.py: {_explain(error, options)}", file=sys.stderr)
+    return 1
 
 
 def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Say what keeps the server from starting and what to do about it."""
     where = f"cannot listen on {options.host} port {options.port}"
-    if isinstance(error, Refusal):
-        return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"{where}: unknown host; choose an address of this machine with --host"
     if not isinstance(error, OSError):
         return str(error)
     if error.filename:
-        verb = "write" if error.filename == os.path.abspath(options.log_file or "") else "read"
-        return f"cannot {verb} {error.filename}: {error.strerror}; name another file"
+        return f"{_trouble(error, options)}; name another file"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "cannot start: too many open files; allow more of them, as with ulimit -n"
     remedy = {
         errno.EADDRINUSE: "the port is in use; choose another with --port",
         errno.EADDRNOTAVAIL: "not an address of this machine; choose one with --host",
+        errno.EAFNOSUPPORT: "this machine has no IPv6; choose another with --host",
+        errno.EINVAL: "not complete; a link-local address has its interface behind it, as %eth0",
         errno.EACCES: "not permitted; choose a port over 1023 with --port",
     }
     return f"{where}: {remedy.get(error.errno or 0, error.strerror)}"
+
+
+def _trouble(error: Exception, options: argparse.Namespace) -> str:
+    """Say what is wrong with a file."""
+    if not isinstance(error, OSError):
+        return str(error)
+    file = os.path.abspath(error.filename or "")
+    verb = "write" if options.log_file and file == os.path.abspath(options.log_file) else "read"
+    return f"cannot {verb} {error.filename}: {error.strerror}"
 
 
 if __name__ == "__main__":
