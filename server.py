@@ -1576,11 +1576,9 @@ class ChatServer(Room):
 def _listen_on(host: str, port: int) -> socket.socket:
     """Return a listening socket; one on all addresses of IPv6 takes in IPv4 too."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family = found[0][0]
+    family, *_, address = found[0]  # with the interface of a link-local one
     both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-    listener = socket.create_server(
-        (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both
-    )
+    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     listener.setblocking(False)
     return listener
 
@@ -1769,17 +1767,21 @@ def _affordable(clients: int, unnamed: int) -> tuple[int, int]:
     """Return how many clients, and how many without a name, file descriptors allow.
 
     The limit is raised if need be.  Where it is too low for all, those without a name
-    get a quarter of what is left, so that somebody can still come in.
+    get a quarter, so that people can still come in; raise `Refusal` where it is too low
+    for anybody.
     """
-    wanted = clients + unnamed + SPARE_DESCRIPTORS
-    allowed = _descriptors(wanted)
-    if allowed < wanted:
-        left = max(2, allowed - SPARE_DESCRIPTORS)
+    allowed = _descriptors(clients + unnamed + SPARE_DESCRIPTORS)
+    left = allowed - SPARE_DESCRIPTORS
+    if left < 2:
+        raise Refusal(
+            f"cannot start: {allowed} open files are allowed; allow more of them with ulimit -n"
+        )
+    if left < clients + unnamed:
         unnamed = min(unnamed, max(1, left // 4))
         clients = min(clients, left - unnamed)
         log.warning(
-            "room for %d clients and %d without a name only: %d file descriptors are allowed;"
-            " ulimit -n raises that",
+            "room for %d clients and %d without a name only: %d open files are allowed;"
+            " allow more of them with ulimit -n",
             *(clients, unnamed, allowed),
         )
     return clients, unnamed
@@ -1802,27 +1804,25 @@ def _descriptors(wanted: int) -> int:
 
 def _announce(server: ChatServer) -> None:
     """Log where friends can reach a room that is open to the network, and what it lacks."""
-    host = ipaddress.ip_address(server.host.partition("%")[0])
-    if _is_loopback(server.host):
+    host = ipaddress.ip_address(server.host.partition("%")[0].removeprefix("::ffff:"))
+    if host.is_loopback:
         return
-    addresses = list(_own_addresses(host.version == 6)) if host.is_unspecified else []
-    if addresses:
+    if host.is_unspecified and (addresses := list(_own_addresses(host.version))):
         log.info("friends can reach it at %s, port %d", " or ".join(addresses), server.port)
-    lacks = []
-    if server.tls is None:
-        lacks.append("without TLS, so that others can read along (--tls-cert)")
-    if server.password is None:
-        lacks.append("without a password, so that anybody can come in (--password-file)")
-    if lacks:
-        log.warning("the room is open to the network %s", " and ".join(lacks))
+    lacks = {"TLS": server.tls, "a password": server.password}
+    if missing := [f"without {what}" for what, given in lacks.items() if given is None]:
+        log.warning(
+            "the room is open to the network %s; see --tls-cert and --password-file",
+            " and ".join(missing),
+        )
 
 
-def _own_addresses(six: bool) -> Iterator[str]:
-    """Yield the addresses at which this machine is reached: those that it would send from."""
-    routes = [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")]  # nobody's
-    for family, elsewhere in routes if six else routes[:1]:
+def _own_addresses(version: int) -> Iterator[str]:
+    """Yield the addresses that others reach us at: those that we would send to them from."""
+    others = [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")]  # nobody's
+    for family, other in others if version == 6 else others[:1]:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((elsewhere, 9))  # sends nothing, and chooses the address for it
+            probe.connect((other, 9))  # sends nothing, and chooses the address for it
             yield probe.getsockname()[0]
 
 
@@ -1987,12 +1987,12 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
     if error.filename:
         return f"{_trouble(error, options)}; name another file"
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "cannot start: too many open files; allow more of them, as with ulimit -n"
+        return f"cannot start: {error.strerror}; allow more of them with ulimit -n"
     remedy = {
         errno.EADDRINUSE: "the port is in use; choose another with --port",
         errno.EADDRNOTAVAIL: "not an address of this machine; choose one with --host",
         errno.EAFNOSUPPORT: "this machine has no IPv6; choose another with --host",
-        errno.EINVAL: "not complete; a link-local address has its interface behind it, as %eth0",
+        errno.EINVAL: "not whole; say the interface of a link-local one, as in fe80::1%eth0",
         errno.EACCES: "not permitted; choose a port over 1023 with --port",
     }
     return f"{where}: {remedy.get(error.errno or 0, error.strerror)}"
