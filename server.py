@@ -1361,7 +1361,7 @@ class ChatServer(Room):
                 try:
                     self._accept()
                     delay = 0.0
-                except BlockingIOError:
+                except (BlockingIOError, ConnectionError):
                     pass  # reset before we came, or the server stops
                 except (OSError, RuntimeError, MemoryError) as error:
                     if not delay:
