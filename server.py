@@ -1348,7 +1348,8 @@ class ChatServer(Room):
         """Start the broadcaster and let people in."""
         super().start()
         self._receiver.start()
-        log.info("listening on %s:%d", self.host, self.port)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        log.info("listening on %s:%d", host, self.port)
 
     def receive(self) -> None:
         """Accept connections until the server stops, whatever goes wrong."""
