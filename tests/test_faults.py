@@ -139,6 +139,26 @@ def test_connections_reset_before_they_are_accepted() -> None:
             close_peers()
 
 
+def test_a_reset_that_accept_tells_of_is_nothing(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where `accept` fails with the peer's reset, as on BSD, the next is accepted at once."""
+    accept, resets = (
+        socket.socket.accept,
+        [ConnectionAbortedError(errno.ECONNABORTED, "aborted")] * 5,
+    )
+
+    def accept_or_raise(sock: socket.socket) -> object:
+        if resets:
+            raise resets.pop()
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_or_raise)
+    Peer(room.port).join("alice")
+    assert not resets
+    assert "cannot accept" not in caplog.text
+
+
 def test_a_server_that_cannot_listen_leaves_nothing() -> None:
     """A port in use raises `OSError`, and no descriptor stays open."""
     with run_chat() as server:
