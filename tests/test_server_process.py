@@ -393,7 +393,7 @@ def test_an_error_stream_on_a_full_disk_ends_no_server(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     file = tmp_path / "chat.log"
-    command = [sys.executable, SERVER, "--port", "0", "--log-file", str(file)]
+    command = [sys.executable, str(SERVER), "--port", "0", "--log-file", str(file)]
     with (
         no_leaks(),
         open("/dev/full", "w") as full,

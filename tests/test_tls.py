@@ -310,7 +310,7 @@ class StrictPeer(TlsPeer):
 
     def __init__(self, port: int, certificate: Certificate) -> None:
         super().__init__(port, certificate)
-        self.sock.suppress_ragged_eofs = False
+        vars(self.sock)["suppress_ragged_eofs"] = False
 
     def expect_goodbye(self) -> None:
         """Read to the end, which must be that of TLS."""
@@ -325,8 +325,10 @@ def test_server_says_goodbye_inside_tls(certificate: Certificate) -> None:
         leaving, staying, unread, late = peers
         for number, peer in enumerate(peers[:3]):
             peer.join(f"p{number}")
-        late.send("late").expect_goodbye()
-        leaving.send("/quit").expect_goodbye()
+        late.send("late")
+        late.expect_goodbye()
+        leaving.send("/quit")
+        leaving.expect_goodbye()
         unnamed = StrictPeer(chat_server.port, certificate)
         unnamed.expect("NICK")
         chat_server.ask_to_end()
