@@ -1407,14 +1407,15 @@ class ChatServer(Room):
 
     def _accept(self) -> None:
         """Accept one connection and start its thread."""
-        sock, (host, port, *_) = self._listener.accept()
-        host = protocol.escape(host.removeprefix("::ffff:"))  # IPv4 at a socket for both
+        sock, address = self._listener.accept()
+        if address is None:  # macOS knows none of one that was reset
+            return sock.close()
+        host, port = protocol.escape(address[0].removeprefix("::ffff:")), address[1]
         try:
             connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
         except OSError as error:  # reset by now: its own affair
-            sock.close()
             log.info("unnamed (%s:%d) left: %s", host, port, error)
-            return
+            return sock.close()
         client = Client(connection, host, port)
         self._register(client)
         try:
@@ -1644,7 +1645,10 @@ def _wait_for_end(
         if had_terminal and not _has_terminal():
             log.info("the terminal is gone")
             return
-        _renew(server, options)
+        try:  # in a thread of its own: a file on a dead disk must not keep the next signal waiting
+            threading.Thread(target=_renew, args=[server, options], daemon=True).start()
+        except RuntimeError as error:
+            log.error("cannot take the files anew: %s; send SIGHUP again", error)
 
 
 def _has_terminal() -> bool:
@@ -1713,6 +1717,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="server.py",
         description="Run a chat room that client.py, nc and telnet can join.",
+        epilog="SIGTERM and Ctrl-C end the room in order; SIGHUP takes certificate, passwords and"
+        " log file anew.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
@@ -1829,7 +1835,9 @@ def _own_addresses(version: int) -> Iterator[str]:
 
 def _password(file: str) -> Password:
     """Return the password in a file; raise `OSError` or `Refusal`."""
-    return Password(protocol.password(file, "") or "")
+    password = protocol.password(file, "")
+    assert password is not None
+    return Password(password)
 
 
 # The console.
@@ -1864,7 +1872,9 @@ class Console:
     def __exit__(self, *_: object) -> None:
         deadline = time.monotonic() + self.PATIENCE
         for writer in self._writers:
-            writer.finish(deadline)
+            writer.finish()
+        for writer in filter(threading.Thread.is_alive, self._writers):
+            writer.join(max(0.0, deadline - time.monotonic()))
 
     def is_stuck(self) -> bool:
         """Tell whether something is still being written."""
@@ -1886,12 +1896,14 @@ class Writer(threading.Thread):
         with contextlib.suppress(OSError):  # a full disk; nobody is left to tell
             self._place.close()
 
-    def finish(self, deadline: float) -> None:
-        """Have the thread end, and wait for it until the deadline."""
-        with contextlib.suppress(queue.Full):
-            self.records.put(None, timeout=max(0.0, deadline - time.monotonic()))
-        if self.ident is not None:  # it was started
-            self.join(max(0.0, deadline - time.monotonic()))
+    def finish(self) -> None:
+        """Have the thread end behind what is waiting; of a full queue, the oldest line goes."""
+        while True:
+            try:
+                return self.records.put_nowait(None)
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):
+                    self.records.get_nowait()
 
 
 class LogFile(logging.handlers.WatchedFileHandler):

@@ -113,6 +113,20 @@ def test_an_empty_password_file_leaves_the_old_password(tmp_path: Path) -> None:
         alice.expect_eventually("* alice joined the chat")
 
 
+def test_a_file_that_cannot_be_read_to_its_end_holds_up_no_end(tmp_path: Path) -> None:
+    """With a password file that never comes, as on a dead disk, SIGTERM ends it in time."""
+    file = tmp_path / "password"
+    file.write_text("swordfish\n")
+    with run_server("--op-password-file", str(file)) as server:
+        file.unlink()
+        os.mkfifo(file)
+        hang_up(server)
+        alice = Peer(server.port).join("alice")
+        assert server.stop() == 0
+        alice.expect(protocol.SHUTTING_DOWN)
+        assert "anew" not in server.log()
+
+
 def test_a_hang_up_that_is_ignored_stays_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
