@@ -760,7 +760,7 @@ class TlsConnection(Connection):
         super().__init__(sock)
         # Without this, OpenSSL 3 refuses to send anything more when the input was cut.
         context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-        sock.getpeername()  # raises after a reset; wrap_socket() would not close the socket
+        context.sslsocket_class = _TlsSocket
         self._tls: ssl.SSLSocket = context.wrap_socket(
             sock,
             server_side=is_server,
@@ -830,6 +830,16 @@ class TlsConnection(Connection):
             # the socket is full, or has ended.  In each case there is nothing to wait for.
             with contextlib.suppress(OSError, ValueError):
                 self._tls.unwrap()
+
+
+class _TlsSocket(ssl.SSLSocket):
+    """One that takes its peer to be there: a reset is for the handshake to find.
+
+    It may come at any moment, and wrap_socket() would raise and leave the descriptor open.
+    """
+
+    def getpeername(self) -> None:
+        """Return nothing, at all times."""
 
 
 def _wait(sock: socket.socket, deadline: float | None, *, writable: bool = False) -> None:
