@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import re
 import signal
 import socket
@@ -530,6 +531,17 @@ def test_an_open_room_is_warned_of(tmp_path: Path, host: str, password: bool, la
         assert server.stop() == 0
         warnings = re.findall(r"WARNING the room is open to the network (.*); see", server.log())
         assert warnings == ([lack] if lack else [])
+
+
+def test_a_link_local_address_is_listened_on() -> None:
+    """An address that is one only together with an interface is taken with it."""
+    table = Path("/proc/net/if_inet6")
+    rows = [row.split() for row in table.read_text().splitlines()] if table.exists() else []
+    found = [f"{ipaddress.IPv6Address(int(row[0], 16))}%{row[5]}" for row in rows if row[3] == "20"]
+    if not found:
+        pytest.skip("this machine has no link-local address")
+    with run_server("--host", found[0]) as server:
+        expect_let_in(found[0], server.port, "alice")
 
 
 def test_a_link_local_address_without_its_interface_is_told() -> None:

@@ -340,6 +340,16 @@ def test_server_says_goodbye_inside_tls(certificate: Certificate) -> None:
         assert chat_server.wait() == 0
 
 
+def test_goodbye_reaches_who_is_still_talking(room: ChatServer, certificate: Certificate) -> None:
+    """What a peer has sent behind its /quit is read away, and resets nothing."""
+    peer = StrictPeer(room.port, certificate)
+    peer.send("alice", "/quit", *["what nobody hears" * 20] * 1000)
+    peer.expect_goodbye()
+    socket.socket.shutdown(peer.sock, socket.SHUT_WR)
+    wait_until(lambda: not room._connected, "the server to close")
+    assert peer.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+
 def test_openssl_finds_nothing_wrong_with_the_end(
     room: ChatServer, certificate: Certificate
 ) -> None:
