@@ -2015,9 +2015,9 @@ def _trouble(error: Exception, options: argparse.Namespace) -> str:
     """Say what is wrong with a file."""
     if not isinstance(error, OSError):
         return str(error)
-    file = os.path.abspath(error.filename or "")
-    verb = "write" if options.log_file and file == os.path.abspath(options.log_file) else "read"
-    return f"cannot {verb} {error.filename}: {error.strerror}"
+    file = error.filename or "a file"
+    is_log = options.log_file and os.path.abspath(file) == os.path.abspath(options.log_file)
+    return f"cannot {'write' if is_log else 'read'} {file}: {error.strerror}"
 
 
 if __name__ == "__main__":

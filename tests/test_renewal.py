@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import ssl
 import stat
@@ -174,6 +175,26 @@ def test_a_hang_up_with_the_terminal_still_there_ends_nothing(tmp_path: Path) ->
         alice = Peer(listening(terminal)).join("alice")
         terminal.signal(signal.SIGHUP)
         terminal.wait_for(" anew")
+        alice.send("hello")
+        alice.expect("alice: hello")
+        close_peers()
+        terminal.signal(signal.SIGTERM)
+        assert terminal.wait() == 0
+
+
+def test_a_hang_up_without_descriptors_ends_nothing(tmp_path: Path) -> None:
+    """Where it cannot be told whether the terminal is there, the room goes on as it was."""
+    password = tmp_path / "password"
+    password.write_text("swordfish\n")
+    options = ["--port", "0", "--op-password-file", str(password)]
+    with no_leaks(), Terminal([sys.executable, str(SERVER), *options], columns=200) as terminal:
+        alice = Peer(listening(terminal)).join("alice")
+        pid = terminal._process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+        terminal.signal(signal.SIGHUP)
+        terminal.wait_for("Too many open files; going on with what was there")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         alice.send("hello")
         alice.expect("alice: hello")
         close_peers()
