@@ -72,6 +72,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
@@ -110,6 +111,7 @@ MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read fr
 OUTBOX_LINES = 1000  # lines for one client alone that may wait
 OUTBOX_BYTES = 256 * 1024
 PARTING = 10.0  # seconds without progress until what is left for somebody who leaves is given up
+LOOK = 10.0  # seconds between two looks for peers that are dead
 STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
 STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
 # In the history.
@@ -222,7 +224,8 @@ class ChatServer:
         """Start the broadcaster and let people in."""
         self.broadcaster.start()
         self._receiver.start()
-        log.info("listening on %s:%d", self.host, self.port)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        log.info("listening on %s:%d", host, self.port)
 
     def receive(self) -> None:
         """Accept connections until the server stops, whatever goes wrong.
@@ -238,9 +241,9 @@ class ChatServer:
                 try:
                     self._accept()
                     delay = 0.0
-                except BlockingIOError:
+                except (BlockingIOError, ConnectionError):
                     pass  # reset before we came, or the server stops
-                except (OSError, RuntimeError, MemoryError) as error:
+                except Exception as error:
                     if not delay:
                         log.error("cannot accept a connection: %s; trying again", error)
                     delay = min(1.0, delay * 2 or 0.010)
@@ -284,13 +287,16 @@ class ChatServer:
 
     def _accept(self) -> None:
         """Accept one connection and start its thread."""
-        sock, (host, port, *_) = self._listener.accept()
+        sock, address = self._listener.accept()
+        if address is None:  # macOS knows none of one that was reset
+            return sock.close()
+        host, port = protocol.escape(address[0].removeprefix("::ffff:")), address[1]
         try:
             connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
-            client = Client(self, next(self._sessions), connection, protocol.escape(host), port)
-        except BaseException:
-            sock.close()
-            raise
+            client = Client(self, next(self._sessions), connection, f"{host}:{port}")
+        except OSError as error:  # reset by now: its own affair
+            log.info("unnamed (%s:%d) left: %s", host, port, error)
+            return sock.close()
         self.connections.add(client)
         try:
             threading.Thread(target=self.handle, args=[client], daemon=True).start()
@@ -302,9 +308,11 @@ class ChatServer:
 
 
 def _listen_on(host: str, port: int) -> socket.socket:
-    """Return a listening socket, for IPv6 too."""
+    """Return a listening socket; one on all addresses of IPv6 takes in IPv4 too."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    listener = socket.create_server((host, port), family=found[0][0], backlog=BACKLOG)
+    family, *_, address = found[0]  # with the interface of a link-local one
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     listener.setblocking(False)
     return listener
 
@@ -500,16 +508,16 @@ class Secret:
 
     Checks for one address come one at a time, and the more wrong ones there were the
     longer after each other; whoever has the key of somebody that passed is not slowed.
-    `password` may be replaced at any time; None is none.
+    `text` may be replaced at any time; None is none.
     """
 
-    def __init__(self, password: str | None) -> None:
-        self.password = password
+    def __init__(self, text: str | None) -> None:
+        self.text = text
         self._wrong: dict[str, tuple[int, float]] = {}  # how many, and when the last was
         self._free_at: dict[str, float] = {}  # when the next check may begin
         self._waiting: Counter[str] = Counter()
         self._passed: dict[str, float] = {}  # when somebody with this key last passed
-        self._lock = threading.Lock()  # guards all of the above but the password
+        self._lock = threading.Lock()  # guards all of the above but the text
 
     def check(self, given: bytes, address: str, key: str, pause: Callable[[float], None]) -> bool:
         """Compare a password when it is the turn of this address; tell whether it is right."""
@@ -517,7 +525,7 @@ class Secret:
         seconds = self._begin(address, key)
         try:
             pause(seconds)
-            is_right = protocol.is_password(given, protocol.password_bytes(self.password or ""))
+            is_right = protocol.is_password(given, protocol.password_bytes(self.text or ""))
             return is_right
         finally:
             self._end(address, key, is_right=is_right)
@@ -606,14 +614,12 @@ class Client:
     `session` is the connection's number, under which its entries are handed in.
     """
 
-    def __init__(
-        self, server: ChatServer, session: int, connection: Connection, host: str, port: int
-    ) -> None:
+    def __init__(self, server: ChatServer, session: int, connection: Connection, peer: str) -> None:
         self.server = server
         self.session = session
         self.connection = connection
-        self.peer = f"{host}:{port}"
-        self.address = network(host, connection.own_host())  # what counts as one
+        self.peer = peer  # host:port
+        self.address = network(peer.rpartition(":")[0], connection.own_host())  # what counts as one
         self.name = ""
         self.output = Output(session, connection)  # the broadcaster's own, once we are in the room
         self.gate = self.output.gate
@@ -651,7 +657,7 @@ class Client:
         """Ask for a name, and for the password, until the client is in the room."""
         deadline = time.monotonic() + self.server.limits.name_deadline
         self._shake_hands(deadline)
-        is_trusted = self.server.password.password is None
+        is_trusted = self.server.password.text is None
         for _ in range(TRIES):
             self.connection.send(b"NICK\n")
             line = self._next_line(deadline)
@@ -668,7 +674,7 @@ class Client:
         try:
             self.connection.shake_hands(deadline)
         except ssl.SSLError as error:
-            raise Farewell(f"no TLS: {error.reason}", protocol.WANTS_TLS) from None
+            raise Farewell(f"no TLS: {error.reason or error}", protocol.WANTS_TLS) from None
         except TimeoutError:
             raise Farewell("no TLS in time", protocol.WANTS_TLS) from None
 
@@ -1746,6 +1752,7 @@ class Broadcaster:
         self._keeps = True  # the last round was stored
         self._bans_kept = self.room.bans  # as the history has them
         self._stop_at = math.inf  # when delivering is given up
+        self._look_at = math.inf  # when to look for dead peers next
         self._thread = threading.Thread(target=self._run, name="broadcaster", daemon=True)
 
     def start(self) -> None:
@@ -1797,7 +1804,7 @@ class Broadcaster:
             timeout = 0.0
         else:
             now = time.monotonic()
-            ends = [self._stop_at, now + self.room.deadline - time.time()]
+            ends = [self._stop_at, self._look_at, now + self.room.deadline - time.time()]
             ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
                 timeout = max(0.0, first - now)
@@ -1832,6 +1839,8 @@ class Broadcaster:
             self._serve_due()
             if self._parting:
                 self._end_stuck()
+            if self._look_at <= time.monotonic():
+                self._end_dead()
             self._log_said(start)
         finally:
             self._following = [o for o in self._following if not o.released]
@@ -1941,6 +1950,8 @@ class Broadcaster:
             output.enqueue(min(position, end), data)
         self.outputs[output.session] = output
         self._following.append(output)
+        if self._look_at == math.inf:
+            self._look_at = time.monotonic() + LOOK
 
     def _end(self, output: Output, end: End) -> None:
         """Have an output get nothing from a position on."""
@@ -2049,6 +2060,14 @@ class Broadcaster:
         now = time.monotonic()
         for output in [output for output in self._parting if output.parts_at <= now]:
             self._release(output)
+
+    def _end_dead(self) -> None:
+        """End those whose peers acknowledge nothing any more; a suspended reader's does."""
+        for output in self._following:
+            if output.connection.is_dead():
+                output.reason = output.reason or "no acknowledgement came"
+                self._fail(output, TimeoutError())
+        self._look_at = time.monotonic() + LOOK if self._following else math.inf
 
     def _release(self, output: Output) -> None:
         """Let go of an output for good: its socket is its thread's to close."""
@@ -2303,7 +2322,7 @@ OPERATORS_ONLY = frozenset({"kick", "ban", "unban", "bans"})
 def _op(client: Client, argument: str) -> list[str] | None:
     if not argument:
         raise Usage
-    if client.server.op_password.password is None:
+    if client.server.op_password.text is None:
         return [protocol.NO_OPERATORS]
     if client.wrong_passwords >= TRIES:
         return [protocol.NO_MORE_OP_TRIES]
@@ -2649,41 +2668,39 @@ def _hold(path: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the server until a signal ends it; return the exit status."""
     options = _parser().parse_args(arguments)
-    with _signals() as signals:
-        return _run_until(signals, options)
-
-
-def _run_until(signals: socket.socket, options: argparse.Namespace) -> int:
-    """Run the server until a byte for a signal comes; return the exit status."""
+    # Looked for before SIGHUP is heard: until then, a terminal that goes ends the process.
+    had_terminal = _has_terminal()
     threading.stack_size(STACK)
-    try:
-        console = Console(options.log_file, options.verbose)
-    except OSError as error:
-        return _fail(error, options)
-    console.start()
-    try:
-        server = _server(options)
-    except (OSError, UnicodeError, Refusal, HistoryError) as error:
-        console.finish()
-        return _fail(error, options)
-    gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
-    with server:
-        signals.recv(1)
-    if not console.finish():
-        os._exit(0)  # its thread is stuck in a write, and would hold up the exit
+    with contextlib.ExitStack() as running:
+        try:
+            signals = running.enter_context(_signals())
+            console = running.enter_context(Console(options.log_file, options.verbose))
+            server = running.enter_context(_server(options))
+        except (OSError, UnicodeError, RuntimeError, Refusal, HistoryError) as error:
+            running.close()  # what is logged comes before the reason
+            return _fail(error, options)
+        gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
+        _announce(server)
+        _wait_for_end(signals, server, options, had_terminal)
+    if console.is_stuck():
+        os._exit(0)  # a thread that does not come back from a write would hold up the exit
     return 0
+
+
+# Signals.
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """Give a socket that gets a byte for each signal that asks the server to end.
+    """Give a socket that gets a byte, its number, for each signal that the server hears.
 
     One that comes just before the main thread waits would be lost on a lock or queue.
+    What was ignored at the start, as SIGHUP under nohup, stays ignored.
     """
     reader, writer = socket.socketpair()
     with reader, writer:
         writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # it is awake then
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
                 signal.signal(getattr(signal, name), lambda number, frame: None)
@@ -2693,15 +2710,73 @@ def _signals() -> Iterator[socket.socket]:
             signal.set_wakeup_fd(-1)
 
 
+def _wait_for_end(
+    signals: socket.socket, server: ChatServer, options: argparse.Namespace, had_terminal: bool
+) -> None:
+    """Wait for a signal that ends the server; with SIGHUP it takes its files anew."""
+    while signals.recv(1)[0] == getattr(signal, "SIGHUP", None):
+        if had_terminal and not _has_terminal():
+            log.info("the terminal is gone")
+            return
+        try:  # in a thread of its own: a file on a dead disk must not keep the next signal waiting
+            threading.Thread(target=_renew, args=[server, options], daemon=True).start()
+        except RuntimeError as error:
+            log.error("cannot take the files anew: %s; send SIGHUP again", error)
+
+
+def _has_terminal() -> bool:
+    """Tell whether there is a controlling terminal, whose end SIGHUP may be."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+    except OSError as error:
+        # Without a free descriptor it cannot be told: a room is not ended on a guess.
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return True
+
+
+def _renew(server: ChatServer, options: argparse.Namespace) -> None:
+    """Take the files that the options name anew; go on with the old where one cannot be used."""
+
+    def certificate() -> None:
+        server.tls = _tls_context(options)
+
+    def password() -> None:
+        server.password.text = protocol.password(options.password_file, "")
+
+    def op_password() -> None:
+        server.op_password.text = protocol.password(options.op_password_file, "")
+
+    def log_file() -> None:
+        LogFile.check(options.log_file)  # it is its writer that opens it, with the next line
+
+    for file, take in (
+        (options.log_file, log_file),
+        (options.tls_cert, certificate),
+        (options.password_file, password),
+        (options.op_password_file, op_password),
+    ):
+        if file is not None:
+            try:
+                take()
+            except (OSError, Refusal) as error:
+                log.error("%s; going on with what was there", _trouble(error, options))
+            else:
+                log.info("took %s anew", file)
+
+
+# Starting.
+
+
 def _server(options: argparse.Namespace) -> ChatServer:
     """Make the server that the options describe."""
+    max_clients, max_unnamed = _affordable(options.max_clients, options.max_unnamed)
     return ChatServer(
         options.host,
         options.port,
         options.format,
-        max_clients=_affordable(options.max_clients, options.max_unnamed),
+        max_clients=max_clients,
         max_per_address=options.max_per_address,
-        max_unnamed=options.max_unnamed,
+        max_unnamed=max_unnamed,
         name_deadline=options.name_deadline,
         rate_limit=options.rate_limit,
         history=options.history,
@@ -2711,19 +2786,18 @@ def _server(options: argparse.Namespace) -> ChatServer:
     )
 
 
-def _fail(error: Exception, options: argparse.Namespace) -> int:
-    print(f"server.py: {_explain(error, options)}", file=sys.stderr)
-    return 1
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="server.py",
         description="Run a chat room that client.py, nc and telnet can join.",
+        epilog="SIGTERM and Ctrl-C end the room in order; SIGHUP takes certificate, passwords and"
+        " log file anew.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--host", default=protocol.HOST, help="address to listen on; 0.0.0.0 is all of them")
+    option(
+        "--host", default=protocol.HOST, help="address to listen on; :: is all, 0.0.0.0 all of IPv4"
+    )
     option("--port", type=protocol.port, default=protocol.PORT, help="0 takes any free one")
     option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="of the text")
     option("--max-clients", type=_number(int, 1), default=1000, metavar="N", help="in the room")
@@ -2769,52 +2843,172 @@ def _number(kind: type[int] | type[float], least: float) -> Callable[[str], floa
     return read
 
 
-def _affordable(clients: int, unnamed: int) -> int:
-    """Return how many clients the limit of file descriptors allows, raised if need be."""
+def _affordable(clients: int, unnamed: int) -> tuple[int, int]:
+    """Return how many clients, and how many without a name, file descriptors allow.
+
+    The limit is raised if need be.  Where it is too low for all, those without a name
+    get a quarter, so that people can still come in; raise `Refusal` where it is too low
+    for anybody.
+    """
+    allowed = _descriptors(clients + unnamed + SPARE_DESCRIPTORS)
+    left = allowed - SPARE_DESCRIPTORS
+    if left < 2:
+        raise Refusal(
+            f"cannot start: {allowed} open files are allowed; allow more of them with ulimit -n"
+        )
+    if left < clients + unnamed:
+        unnamed = min(unnamed, max(1, left // 4))
+        clients = min(clients, left - unnamed)
+        log.warning(
+            "room for %d clients and %d without a name only: %d open files are allowed;"
+            " allow more of them with ulimit -n",
+            *(clients, unnamed, allowed),
+        )
+    return clients, unnamed
+
+
+def _descriptors(wanted: int) -> int:
+    """Return how many file descriptors may be open, raised to those wanted where it can be."""
     if resource is None:
-        return clients
-    wanted = clients + unnamed + SPARE_DESCRIPTORS
+        return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        if soft < wanted:
-            clients = max(1, soft - unnamed - SPARE_DESCRIPTORS)
-            log.warning("room for %d clients only: %d file descriptors allowed", clients, soft)
-    return clients
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+    except (ValueError, OSError):  # macOS has a limit that it does not tell
+        return soft
+    return more
 
 
-class Console(logging.handlers.QueueListener):
-    """Writes the log in a thread of its own: one that nobody reads must not stop the room."""
+def _announce(server: ChatServer) -> None:
+    """Log where friends can reach a room that is open to the network, and what it lacks."""
+    host = ipaddress.ip_address(server.host.partition("%")[0].removeprefix("::ffff:"))
+    if host.is_loopback:
+        return
+    if host.is_unspecified and (addresses := list(_own_addresses(host.version))):
+        log.info("friends can reach it at %s, port %d", " or ".join(addresses), server.port)
+    lacks = {"TLS": server.tls, "a password": server.password.text}
+    if missing := [f"without {what}" for what, given in lacks.items() if given is None]:
+        log.warning(
+            "the room is open to the network %s; see --tls-cert and --password-file",
+            " and ".join(missing),
+        )
+
+
+def _own_addresses(version: int) -> Iterator[str]:
+    """Yield the addresses that others reach us at: those that we would send to them from."""
+    others = [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")]  # nobody's
+    for family, other in others if version == 6 else others[:1]:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((other, 9))  # sends nothing, and chooses the address for it
+            yield probe.getsockname()[0]
+
+
+# The console.
+
+
+class Console:
+    """The log, on standard error and in a file, written by a thread for each.
+
+    A terminal that nobody reads or a disk that takes nothing holds up neither the room
+    nor the other.  Raise `OSError` when the file cannot be written.
+    """
+
+    PATIENCE = 0.5  # seconds in the end for what is still to be written
 
     def __init__(self, file: str | None, verbose: bool) -> None:
-        handlers: list[logging.Handler] = [logging.StreamHandler()]
+        places: list[logging.Handler] = [logging.StreamHandler()]
         if file is not None:
-            handlers.append(logging.FileHandler(file))
-        records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_RECORDS)
-        super().__init__(records, *handlers)
+            places.append(LogFile(file, encoding="utf-8", errors="backslashreplace"))
+        self._writers = [Writer(place) for place in places]
         logging.basicConfig(
             format="%(asctime)s %(levelname)s %(message)s",
             level=logging.DEBUG if verbose else logging.INFO,
-            handlers=[logging.handlers.QueueHandler(records)],
+            handlers=[logging.handlers.QueueHandler(writer.records) for writer in self._writers],
         )
         logging.raiseExceptions = False  # a closed terminal or a full disk ends no server
 
-    def finish(self) -> bool:
-        """Write what is left; tell whether somebody took it."""
-        writer = self._thread
-        if writer is None:
-            return True
+    def __enter__(self) -> Console:
+        for writer in self._writers:
+            writer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        deadline = time.monotonic() + self.PATIENCE
+        for writer in self._writers:
+            writer.finish()
+        for writer in filter(threading.Thread.is_alive, self._writers):
+            writer.join(max(0.0, deadline - time.monotonic()))
+
+    def is_stuck(self) -> bool:
+        """Tell whether something is still being written."""
+        return any(writer.is_alive() for writer in self._writers)
+
+
+class Writer(threading.Thread):
+    """Writes the log to one place."""
+
+    def __init__(self, place: logging.Handler) -> None:
+        super().__init__(name="log", daemon=True)
+        self.records: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_RECORDS)
+        self._place = place
+
+    def run(self) -> None:
+        """Write what comes until `finish`."""
+        while (record := self.records.get()) is not None:
+            self._place.handle(record)
+        with contextlib.suppress(OSError):  # a full disk; nobody is left to tell
+            self._place.close()
+
+    def finish(self) -> None:
+        """Have the thread end behind what is waiting; of a full queue, the oldest line goes."""
+        while True:
+            try:
+                return self.records.put_nowait(None)
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):
+                    self.records.get_nowait()
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """The log in a file that only its owner can read, made anew when it was moved away."""
+
+    @staticmethod
+    def check(file: str) -> None:
+        """Raise `OSError` when a file cannot be logged to."""
+        with open(file, "a", opener=_private):
+            pass
+
+    def reopenIfNeeded(self) -> None:  # noqa: N802
+        """Open the file anew if it was moved away; go on with the old where that fails."""
+        with contextlib.suppress(OSError):
+            if self._was_moved():
+                old, self.stream = self.stream, self._open()
+                self._statstream()
+                if old is not None:
+                    old.close()
+
+    def _was_moved(self) -> bool:
         try:
-            self.enqueue_sentinel()
-        except queue.Full:
-            return False
-        writer.join(STOP_CLOSE)
-        if writer.is_alive():
-            return False
-        for handler in self.handlers:
-            handler.close()
-        return True
+            found = os.stat(self.baseFilename)
+        except FileNotFoundError:
+            return True
+        return (found.st_dev, found.st_ino) != (self.dev, self.ino)
+
+    def _open(self) -> TextIOWrapper:
+        return open(
+            self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=_private
+        )
+
+
+def _private(file: str, flags: int) -> int:
+    """Open a file, and make one that is not there readable by its owner alone."""
+    return os.open(file, flags, 0o600)
+
+
+# TLS.
 
 
 def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
@@ -2828,6 +3022,10 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     for file in filter(None, (options.tls_cert, options.tls_key)):
         with open(file, "rb"):
             pass  # so that an error names the file
+    certificate = pathlib.Path(options.tls_cert).read_text("ascii", "replace")
+    fingerprint = protocol.fingerprint(_der(options.tls_cert, certificate))
+    if options.tls_key is None and "PRIVATE KEY-----" not in certificate:
+        raise Refusal(f"{options.tls_cert} has no key in it; give the key's file with --tls-key")
     try:
         # A key that wants a passphrase is refused, not asked for: nobody may be there.
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
@@ -2836,36 +3034,56 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
             f"cannot use {options.tls_cert} with its key: {error.reason or 'not a certificate'};"
             " give a PEM certificate and its key without a passphrase"
         ) from None
-    log.info("certificate SHA256 fingerprint %s", protocol.fingerprint(_der(options.tls_cert)))
+    log.info("certificate SHA256 fingerprint %s", fingerprint)
     return context
 
 
-def _der(file: str) -> bytes:
+def _der(file: str, text: str) -> bytes:
     """Return the first certificate of a PEM file as its fingerprint is taken of."""
-    text = pathlib.Path(file).read_text("ascii", "replace")
-    begin = text.index("-----BEGIN CERTIFICATE-----")
-    end = text.index("-----END CERTIFICATE-----", begin)
-    return ssl.PEM_cert_to_DER_cert(text[begin:end] + "-----END CERTIFICATE-----")
+    form = r"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----"
+    found = re.search(form, text)
+    try:
+        return ssl.PEM_cert_to_DER_cert(found[0] if found else "")
+    except ValueError:
+        raise Refusal(f"{file} has no certificate in it; give one in PEM form") from None
+
+
+# What went wrong.
+
+
+def _fail(error: Exception, options: argparse.Namespace) -> int:
+    print(f"server.py: {_explain(error, options)}", file=sys.stderr)
+    return 1
 
 
 def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Say what keeps the server from starting and what to do about it."""
     where = f"cannot listen on {options.host} port {options.port}"
-    if isinstance(error, Refusal):
-        return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"{where}: unknown host; choose an address of this machine with --host"
     if not isinstance(error, OSError):
         return str(error)
     if error.filename:
-        verb = "write" if error.filename == os.path.abspath(options.log_file or "") else "read"
-        return f"cannot {verb} {error.filename}: {error.strerror}; name another file"
+        return f"{_trouble(error, options)}; name another file"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"cannot start: {error.strerror}; allow more of them with ulimit -n"
     remedy = {
         errno.EADDRINUSE: "the port is in use; choose another with --port",
         errno.EADDRNOTAVAIL: "not an address of this machine; choose one with --host",
+        errno.EAFNOSUPPORT: "this machine has no IPv6; choose another with --host",
+        errno.EINVAL: "not whole; say the interface of a link-local one, as in fe80::1%eth0",
         errno.EACCES: "not permitted; choose a port over 1023 with --port",
     }
     return f"{where}: {remedy.get(error.errno or 0, error.strerror)}"
+
+
+def _trouble(error: Exception, options: argparse.Namespace) -> str:
+    """Say what is wrong with a file."""
+    if not isinstance(error, OSError):
+        return str(error)
+    file = error.filename or "a file"
+    is_log = options.log_file and os.path.abspath(file) == os.path.abspath(options.log_file)
+    return f"cannot {'write' if is_log else 'read'} {file}: {error.strerror}"
 
 
 if __name__ == "__main__":
