@@ -49,9 +49,9 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 try:
     import fcntl
@@ -68,12 +68,18 @@ REST = 0.25  # of a round's length is rested after it, ROUND at most, so that ot
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
 ROWS = 199  # lines inserted by a statement, five values each; older SQLites take 999 in all
 PAGE = 500  # lines read from the file at once for who is behind
+SEARCH_PAGE = 2000  # lines of the file that a search looks at in one step, 100 KB as people write
+SEARCH_REST = 0.0005  # seconds between two steps of a search, for all else
+SEARCH_LIMIT = 5.0  # seconds that somebody waits for a search
+LOCK_STEP = 0.020  # seconds between two looks whether a locked file is free
+TELL_WAITING = 2.0  # seconds that a file may be locked before people are told
+CLOSE_LIMIT = 1.0  # seconds for who is inside the file to come out at the end
 CHUNK = 1024  # lines given to a client at once: 50 KB as people write, 1.2 MB at the most
 MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
 OUTBOX_LINES = 1000  # private lines waiting for one client
 OUTBOX_BYTES = 256 * 1024
 BURST = 20  # lines that a client may send at once before the rate counts
-STAMP = "%Y-%m-%d %H:%M"  # how times are shown
+STAMP = "%Y-%m-%d %H:%MZ"  # how times are shown, with their zone, UTC
 TRIES = 3  # at a name or a password
 WRONG_DELAY = 1.0  # seconds after a wrong password
 MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
@@ -88,7 +94,7 @@ SPARE_DESCRIPTORS = 32  # kept free for the listener, the log and the broadcaste
 log = logging.getLogger("chat")
 
 
-# --- History -----------------------------------------------------------------
+# --- Histories: memory, then file ---------------------------------------------
 
 
 class HistoryError(Exception):
@@ -97,6 +103,69 @@ class HistoryError(Exception):
 
 class NotStored(Exception):
     """The history's file takes no more; nothing of what was to be appended has a position."""
+
+
+class NotReadable(Exception):
+    """The history cannot be read, or not any more."""
+
+
+class TookTooLong(Exception):
+    """A search has reached its limit of time.
+
+    `found` is what it has found by then, as `search` returns it, and the text tells
+    how far back it has looked.
+    """
+
+    def __init__(self, found: list[Recalled], since: float | None) -> None:
+        if since is None:
+            super().__init__("too many are searching; try again later")
+        else:
+            super().__init__(f"looked back to {stamp(since)} only; further would take too long")
+        self.found = found
+        self.since = since
+
+
+def stamp(when: float) -> str:
+    """Return a time, in seconds since the epoch, as people are shown it: with its zone."""
+    return time.strftime(STAMP, time.gmtime(when))
+
+
+class Recalled(NamedTuple):
+    """A line of the history as /history and /search tell of it."""
+
+    time: float  # seconds since the epoch
+    line: str
+
+
+class SearchedPage(NamedTuple):
+    """What a search found in a few lines that stand together."""
+
+    start: int  # the position of the first of them
+    since: float  # when that was said
+    found: list[Recalled]  # the newest first
+
+
+class Ban(NamedTuple):
+    """Who may not come in: a name, and the address that it came from if it was here."""
+
+    name: str
+    address: str
+    by: str
+    until: float  # seconds since the epoch; 0 is for good
+    reason: str
+
+    def concerns(self, name: str, address: str) -> bool:
+        """Tell whether it keeps out who comes with this name from this address, today."""
+        here = protocol.fold(self.name) == protocol.fold(name) or address == self.address != ""
+        return here and not self.is_over()
+
+    def is_over(self) -> bool:
+        """Tell whether its time has passed."""
+        return 0 < self.until <= time.time()
+
+    def __str__(self) -> str:
+        until = f"until {stamp(self.until)}" if self.until else "for good"
+        return until + (f": {self.reason}" if self.reason else "")
 
 
 def _block(lines: list[bytes]) -> bytes:
@@ -125,6 +194,8 @@ class History:
         # Chunks as they are sent; what stands at a position never changes.
         self._joined = functools.lru_cache(retained // CHUNK + 2)(self._join)
         self._lock = threading.Lock()  # guards all of the above
+        self._searching = threading.Lock()  # held by the one search that runs
+        self._ending = threading.Event()  # nothing waits here any more
 
     @property
     def end(self) -> int:
@@ -136,7 +207,17 @@ class History:
         """The first position that can be had, if not by `read` then by `fetch`."""
         return self.first
 
-    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+    def start_for(self, position: int) -> int:
+        """Return where a reader starts that asks for all from `position` on.
+
+        A position beyond the end was given by another history, such as that of a room
+        whose clock was ahead: what this one holds is all new to such a reader.
+        """
+        if position > self.end:
+            return max(self.oldest, self.end - self.retained)
+        return max(self.oldest, position)
+
+    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Give lines their positions, and keep a changed list of bans; raise `NotStored`."""
         now = time.time()
         with self._lock:
@@ -160,235 +241,276 @@ class History:
             lines = self._lines[position - self.first : end - self.first]
         return _block(lines)
 
-    def fetch(self, position: int, end: int) -> list[bytes]:
-        """Return lines that are not in memory any more; it may take its time."""
-        return []
+    def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
+        """Return lines that are not in memory any more; it may take its time.
 
-    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
-        """Return the last `count` lines that have `word` in them, in any case, with their times."""
+        They begin at the position that is returned, at `position` if that line is still
+        there, and none is missing between them.  Without any, it is `end`.  Raise
+        `NotReadable`.
+        """
+        return end, []
+
+    def last(self, count: int) -> list[Recalled]:
+        """Return the last `count` lines, the newest last; raise `NotReadable`."""
         with self._lock:
-            lines, times = self._lines[:], self._times[:]
-        found: list[tuple[float, str]] = []
-        word = word.lower()
-        for when, line in zip(reversed(times), reversed(lines), strict=True):
-            text = line.decode(self.fmt)
-            # As in a file: in the name or in what was said, and not across both.
-            if word in text.lower() and any(
-                word in part.lower() for part in protocol.parts(text)[1:]
-            ):
-                found.append((when, text))
-                if len(found) == count:
-                    break
+            lines, times = self._lines[-count:], self._times[-count:]
+        return [Recalled(*row) for row in zip(times, self._decoded(lines), strict=True)]
+
+    def search(self, word: str, count: int) -> list[Recalled]:
+        """Return the last `count` lines that have `word` in them, in any case, the newest last.
+
+        It counts in a name or in what was said, not across both.  One search runs at a
+        time, and only searches wait for it; after `SEARCH_LIMIT` seconds, the wait
+        included, raise `TookTooLong`.  Raise `NotReadable` when the history ends.
+        """
+        deadline = time.monotonic() + SEARCH_LIMIT
+        if not self._searching.acquire(timeout=SEARCH_LIMIT):
+            raise TookTooLong([], None)
+        try:
+            return self._search_until(deadline, word.lower(), count)
+        finally:
+            self._searching.release()
+
+    def _search_until(self, deadline: float, word: str, count: int) -> list[Recalled]:
+        """Look for a lower-case word, page by page, from the newest line back."""
+        found: list[Recalled] = []
+        end, since = self.end, None
+        while end > self.oldest and len(found) < count:
+            # Meanwhile whoever else wants the interpreter has it.
+            if self._ending.wait(SEARCH_REST):
+                raise NotReadable("the history ends")
+            if time.monotonic() >= deadline:
+                raise TookTooLong(found[::-1], since)
+            page = self._search_before(end, word)
+            found += page.found[: count - len(found)]
+            end, since = page.start, page.since
         return found[::-1]
+
+    def _search_before(self, end: int, word: str) -> SearchedPage:
+        """Look for a lower-case word in the lines of one chunk before `end`, all at once."""
+        with self._lock:
+            start = max(self.first, (end - 1) // CHUNK * CHUNK)
+            lines = self._lines[start - self.first : max(0, end - self.first)]
+            times = self._times[start - self.first : max(0, end - self.first)]
+        since = times[0] if times else 0.0
+        if word not in _block(lines).decode(self.fmt).lower():
+            return SearchedPage(start, since, [])
+        rows = zip(reversed(times), self._decoded(reversed(lines)), strict=True)
+        return SearchedPage(start, since, [Recalled(*row) for row in rows if _has(row[1], word)])
+
+    def _decoded(self, lines: Iterable[bytes]) -> Iterator[str]:
+        return (line.decode(self.fmt) for line in lines)
 
     def bans(self) -> list[Ban]:
         """Return the bans that were kept."""
         return []
 
+    def give_up(self) -> None:
+        """Have nothing wait here any more: end all searches, and an `append` that waits.
+
+        For any thread, at any time.
+        """
+        self._ending.set()
+
     def close(self) -> None:
-        """End the history; nothing is appended any more."""
-        return
+        """End the history, within about a second; nothing is appended any more."""
+        self.give_up()
 
 
-class Ban(NamedTuple):
-    """Who may not come in: a name, and the address that it came from if it was here."""
-
-    name: str
-    address: str
-    by: str
-    until: float  # seconds since the epoch; 0 is for good
-    reason: str
-
-    def concerns(self, name: str, address: str) -> bool:
-        """Tell whether it keeps out who comes with this name from this address, today."""
-        here = protocol.fold(self.name) == protocol.fold(name) or address == self.address != ""
-        return here and not self.is_over()
-
-    def is_over(self) -> bool:
-        """Tell whether its time has passed."""
-        return 0 < self.until <= time.time()
-
-    def __str__(self) -> str:
-        until = "for good"
-        if self.until:
-            until = f"until {time.strftime(STAMP, time.localtime(self.until))}"
-        return until + (f": {self.reason}" if self.reason else "")
+def _has(line: str, word: str) -> bool:
+    """Tell whether a lower-case word is in the name or in the text of a line."""
+    return word in line.lower() and any(word in part.lower() for part in protocol.parts(line)[1:])
 
 
 class FileHistory(History):
     """A history that is in a file before anybody sees it, and goes on there after a restart.
 
-    One connection writes, in the broadcaster's thread alone, one reads for who is
-    behind, in the fetcher's, and one for questions; none holds up another.  Raise
-    `HistoryError` when the file cannot be used.
+    The broadcaster's thread writes; who is behind, who asks for the last lines and who
+    searches each have a connection of their own, so none holds up another.
+    `on_waiting` is called in the broadcaster's thread, inside `append`: with True when
+    another program has kept the file locked for `TELL_WAITING` seconds, with False when
+    that wait is over.  Raise `HistoryError` when the file cannot be used.
     """
 
     durable = True
-    APPLICATION = 0x43686174  # "Chat", in the file's header
-    VERSION = 1
-    SCHEMA = """
-        CREATE TABLE lines (
-            position INTEGER PRIMARY KEY,
-            time REAL NOT NULL,
-            kind TEXT NOT NULL,
-            name TEXT NOT NULL,
-            text TEXT NOT NULL
-        );
-        CREATE TABLE bans (
-            name TEXT NOT NULL, address TEXT NOT NULL, by TEXT NOT NULL,
-            until REAL NOT NULL, reason TEXT NOT NULL
-        );
-        CREATE TABLE room (format TEXT NOT NULL);
-    """
 
     def __init__(self, path: str, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
         super().__init__(fmt, retained)
-        self.path = path
-        self._held = _hold(path)  # until the end, so that no other server uses the file
-        try:
-            self._open()
-        except sqlite3.Error as error:
-            os.close(self._held)
-            raise HistoryError(f"cannot use {path}: {error}; choose another --history") from None
-        except HistoryError:
-            os.close(self._held)
-            raise
+        self._place = Place(path)
+        with contextlib.ExitStack() as opened:  # closed again should something fail
+            opened.callback(self._place.leave)
+            try:
+                self._open(opened)
+            except (sqlite3.Error, OSError) as error:
+                remedy = "choose another --history"
+                raise HistoryError(f"cannot use {self._place.path}: {error}; {remedy}") from None
+            opened.pop_all()
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        """Look at the file, then open it once for each kind of work."""
+        first, last = _check_file(self._place, self.fmt)
+        self._writer = Writer(self._place, self.fmt, self._ending)
+        opened.callback(self._writer.close, 0.0)
+        self._pager, self._questions, self._searches = readers = [
+            Access(_read_only(self._place.path)) for _ in range(3)
+        ]
+        for reader in readers:
+            opened.callback(reader.close, 0.0)
+        self._place.settle()
+        if last is not None:
+            self.first = last + 1
+        self._oldest = self.first if first is None else first
 
     @property
     def oldest(self) -> int:
         """The first position in the file."""
         return self._oldest
 
-    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+    @property
+    def on_waiting(self) -> Callable[[bool], None]:
+        """What is called when `append` waits for another program, and when not any more."""
+        return self._writer.on_waiting
+
+    @on_waiting.setter
+    def on_waiting(self, call: Callable[[bool], None]) -> None:
+        self._writer.on_waiting = call
+
+    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Commit lines to the file, then give them their positions."""
-        if not lines and bans is None:
-            return
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            self._insert(lines)
-            if bans is not None:
-                self._writer.execute("DELETE FROM bans")
-                self._writer.executemany(
-                    "INSERT INTO bans VALUES (?, ?, ?, ?, ?)",
-                    [(ban.name, ban.address, ban.by, ban.until, ban.reason) for ban in bans],
-                )
-            self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                self._writer.rollback()
-            raise NotStored(str(error)) from error
-        super().append(lines)
+        if lines or bans is not None:
+            self._writer.store(self.end, lines, bans)
+            super().append(lines)
 
-    def fetch(self, position: int, end: int) -> list[bytes]:
-        """Return at most `PAGE` lines from `position` up to `end` from the file."""
-        rows = self._pager.execute(
-            "SELECT kind, name, text FROM lines WHERE position >= ? AND position < ?"
-            " ORDER BY position LIMIT ?",
+    def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
+        """Return at most `PAGE` lines from the file; some may be missing there."""
+        rows = self._pager.rows(
+            "SELECT position, time, kind, name, text FROM lines"
+            " WHERE position >= ? AND position < ? ORDER BY position LIMIT ?",
             (position, end, PAGE),
-        ).fetchall()
-        return [_line(*row).encode(self.fmt) for row in rows]
+        )
+        start = rows[0][0] if rows else end
+        with _readable():
+            return start, [
+                _recalled(*row).line.encode(self.fmt)
+                for place, (position, *row) in enumerate(rows, start)
+                if place == position
+            ]
 
-    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
-        """Return the last `count` lines that have `word` in them, of all that was ever said."""
-        pattern = "%" + re.sub(r"([%_\\])", r"\\\1", word.lower()) + "%"
-        said = "text" if word.isascii() else "lower_all(text)"  # LIKE knows ASCII's cases alone
-        with self._reading:
-            rows = self._reader.execute(
-                "SELECT time, kind, name, text FROM lines WHERE :word = '%%'"
-                rf" OR {said} LIKE :word ESCAPE '\' OR name LIKE :word ESCAPE '\'"
-                " ORDER BY position DESC LIMIT :count",
-                {"word": pattern, "count": count},
-            ).fetchall()
-        return [(when, _line(*row)) for when, *row in reversed(rows)]
+    def last(self, count: int) -> list[Recalled]:
+        """Return the last `count` lines of all that was ever said."""
+        rows = self._questions.rows(
+            "SELECT time, kind, name, text FROM lines ORDER BY position DESC LIMIT ?", (count,)
+        )
+        with _readable():
+            return [_recalled(*row) for row in reversed(rows)]
+
+    def _search_before(self, end: int, word: str) -> SearchedPage:
+        """Look for a lower-case word in one page of the file before `end`, all at once.
+
+        A LIKE of SQLite takes minutes for some words, and any statement over the whole
+        file keeps its log from being taken over.
+        """
+        [[start, since, block]] = self._searches.rows(
+            "SELECT min(position), min(time), group_concat(name || char(10) || text, char(10))"
+            " FROM (SELECT position, time, name, text FROM lines"
+            " WHERE position < ? ORDER BY position DESC LIMIT ?)",
+            (end, SEARCH_PAGE),
+        )
+        if start is None:
+            return SearchedPage(self.oldest, 0.0, [])
+        if word not in block.lower():
+            return SearchedPage(start, since, [])
+        rows = self._searches.rows(
+            "SELECT time, kind, name, text FROM lines"
+            " WHERE position >= ? AND position < ? ORDER BY position DESC",
+            (start, end),
+        )
+        with _readable():
+            found = [_recalled(*row) for row in rows if word in f"{row[2]}\n{row[3]}".lower()]
+        return SearchedPage(start, since, found)
 
     def bans(self) -> list[Ban]:
         """Return the bans that the file has."""
-        with self._reading:
-            return [Ban(*row) for row in self._reader.execute("SELECT * FROM bans")]
+        rows = self._questions.rows("SELECT name, address, by, until, reason FROM bans")
+        return [Ban(*row) for row in rows]
 
     def close(self) -> None:
-        """Close the file and let another server have it."""
-        for connection in (self._pager, self._reader, self._writer):
-            connection.close()
-        os.close(self._held)
+        """Close the file, whole in itself, and let another server have it."""
+        super().close()
+        deadline = time.monotonic() + CLOSE_LIMIT
+        readers = [self._pager, self._questions, self._searches]
+        # The last to close removes the log by its name, which may have become that of
+        # another server; a reader cannot remove it.
+        order = [*readers, self._writer] if self._place.is_ours() else [self._writer, *readers]
+        for access in order:
+            access.close(deadline)
+        self._place.leave()
 
-    def _open(self) -> None:
-        uri = pathlib.Path(self.path).absolute().as_uri()
-        is_new = os.fstat(self._held).st_size == 0
-        if not is_new:
-            # Looked at without a right to write: what is not ours stays as it is.
-            with contextlib.closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as database:
-                is_new = self._is_empty(database)
-                if not is_new:
-                    self._check(database)
-        self._writer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        self._writer.execute("PRAGMA journal_mode=WAL")
-        self._writer.execute("PRAGMA synchronous=FULL")
-        if is_new:
-            self._create()
-        self._writer.execute("UPDATE room SET format = ?", (self.fmt,))
-        self._reader = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
-        self._reader.create_function("lower_all", 1, str.lower, deterministic=True)
-        self._reading = threading.Lock()  # guards the reader: one question at a time
-        self._pager = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
-        first, last = self._reader.execute(
-            "SELECT min(position), max(position) FROM lines"
-        ).fetchone()
-        self.first = self.first if last is None else last + 1
-        self._oldest = self.first if first is None else first
 
-    def _is_empty(self, database: sqlite3.Connection) -> bool:
-        """Tell whether a server ended here before it had made a history."""
-        os.lseek(self._held, 0, os.SEEK_SET)
-        if os.read(self._held, 16) != b"SQLite format 3\0":
-            return False
-        with contextlib.suppress(sqlite3.DatabaseError):
-            tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            return not tables and not database.execute("PRAGMA application_id").fetchone()[0]
-        return False
+class Place:
+    """The history's file and the log beside it: ours alone, and still where they were.
 
-    def _check(self, database: sqlite3.Connection) -> None:
-        """Raise `HistoryError` unless a file is whole and this version can go on with it."""
+    SQLite writes on into a file that was moved or removed, and nobody will find there
+    what was said; a lock alone stays with the file, so it would let a second server
+    begin on a copy.  Made and left by who owns the history; the broadcaster looks.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        real = os.path.realpath(path)  # where SQLite puts what belongs to the file
+        self._log, self._index = f"{real}-wal", f"{real}-shm"
+        self._held = [_hold(self.path)]
+        self._files: dict[str, tuple[int, int]] = {}  # device and inode of each by its name
         try:
-            application, version = (
-                database.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("application_id", "user_version")
-            )
-            faults = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-        except sqlite3.DatabaseError as error:
-            faults = str(error)
-            application = version = 0
-        if faults != "ok":
-            raise HistoryError(f"{self.path} is damaged or no history: {faults.splitlines()[0]}")
-        if application != self.APPLICATION:
-            raise HistoryError(f"{self.path} is the file of another program; choose another")
-        if version > self.VERSION:
-            raise HistoryError(f"{self.path} was written by a newer version; use that one")
-        fmt = database.execute("SELECT format FROM room").fetchone()[0]
-        if fmt != self.fmt and self.fmt == protocol.FORMAT:
-            raise HistoryError(f"{self.path} is in {fmt}; start with --format {fmt}")
+            if os.path.exists(self._log):  # a server runs, if on another file, or was killed
+                os.close(_hold(self._log))
+        except BaseException:
+            self.leave()
+            raise
 
-    def _create(self) -> None:
-        self._writer.executescript(
-            f"BEGIN; PRAGMA application_id={self.APPLICATION};"
-            f" PRAGMA user_version={self.VERSION}; {self.SCHEMA}"
-            f" INSERT INTO room VALUES ('{self.fmt}'); COMMIT;"
-        )
+    def head(self) -> bytes:
+        """Return the first bytes of the file, by which it is known."""
+        os.lseek(self._held[0], 0, os.SEEK_SET)
+        return os.read(self._held[0], len(MAGIC))
 
-    def _insert(self, lines: list[bytes]) -> None:
-        """Insert lines many at a time: each statement releases the interpreter's lock once."""
-        now = time.time()
-        for first in range(0, len(lines), ROWS):
-            some = lines[first : first + ROWS]
-            values: list[int | float | str] = []
-            for position, line in enumerate(some, self.end + first):
-                values += (position, now, *protocol.parts(line.decode(self.fmt)))
-            rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
-            self._writer.execute(f"INSERT INTO lines VALUES {rows}", values)
+    def settle(self) -> None:
+        """Hold the log too, now that SQLite has made it, and remember which files they are."""
+        self._held.append(_hold(self._log))
+        for path, held in zip((self.path, self._log), self._held, strict=True):
+            self._files[path] = _identity(os.fstat(held))
+        self._files[self._index] = _identity(os.stat(self._index))
+        try:
+            self.check()
+        except NotStored as error:
+            raise HistoryError(str(error)) from None
 
+    def check(self) -> None:
+        """Raise `NotStored` when one of the files is not in its place."""
+        for path, identity in self._files.items():
+            try:
+                found = _identity(os.stat(path))
+            except FileNotFoundError:
+                raise NotStored(f"{path} was moved or removed; put it back") from None
+            except OSError as error:
+                raise NotStored(f"{path} is out of reach: {error.strerror}") from None
+            if found != identity:
+                raise NotStored(f"{path} was replaced by another; put it back")
 
-def _line(kind: str, name: str, text: str) -> str:
-    return str(Line(Kind(kind), name, text))
+    def is_ours(self) -> bool:
+        """Tell whether all files are in their places."""
+        try:
+            self.check()
+        except NotStored:
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Let another server have the file; the last that happens to it.
+
+        Closing a descriptor of a file lets go of SQLite's own locks on it.
+        """
+        for held in self._held:
+            os.close(held)
 
 
 def _hold(path: str) -> int:
@@ -406,6 +528,254 @@ def _hold(path: str) -> int:
             os.close(held)
             raise HistoryError(f"{path} is in use by another server") from None
     return held
+
+
+def _identity(file: os.stat_result) -> tuple[int, int]:
+    return file.st_dev, file.st_ino
+
+
+class Access:
+    """A connection to the file, for one thread at a time.
+
+    Closing one while a thread is inside crashes the interpreter, so `close` interrupts
+    who is inside and waits; it rather leaves a connection open.
+    """
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self._lock = threading.Lock()  # held by who is inside
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection to one thread; a closed one raises `sqlite3.Error`."""
+        with self._lock:
+            yield self._database
+
+    def rows(self, statement: str, values: Sequence[int] = ()) -> list[tuple[Any, ...]]:
+        """Return all rows that a statement gives; raise `NotReadable`."""
+        with _readable(), self.inside() as database:
+            return database.execute(statement, values).fetchall()
+
+    def close(self, deadline: float, last: str = "") -> None:
+        """End what runs, execute a last statement and close; nobody gets inside any more."""
+        while not self._lock.acquire(timeout=LOCK_STEP):
+            self._database.interrupt()
+            if time.monotonic() >= deadline:
+                log.error("the history's disk does not answer; its file is left open")
+                return
+        try:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute(last)
+            self._database.close()
+        finally:
+            self._lock.release()
+
+
+class Writer:
+    """Puts the room's lines into the file; the broadcaster's thread alone stores."""
+
+    def __init__(self, place: Place, fmt: str, ending: threading.Event) -> None:
+        database = sqlite3.connect(
+            place.path, timeout=1, isolation_level=None, check_same_thread=False
+        )
+        try:
+            _prepare(database, fmt)
+        except BaseException:
+            database.close()
+            raise
+        self.on_waiting: Callable[[bool], None] = lambda waiting: None
+        self._access = Access(database)
+        self._place = place
+        self._fmt = fmt
+        self._ending = ending  # no wait for other programs any more
+
+    def store(self, position: int, lines: list[bytes], bans: Sequence[Ban] | None) -> None:
+        """Commit lines from `position` on, and a changed list of bans; raise `NotStored`."""
+        self._place.check()
+        try:
+            with self._access.inside() as database:
+                try:
+                    self._begin(database)
+                    self._insert(database, position, lines)
+                    if bans is not None:
+                        database.execute("DELETE FROM bans")
+                        database.executemany("INSERT INTO bans VALUES (?, ?, ?, ?, ?)", bans)
+                    database.execute("COMMIT")
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):
+                        database.rollback()
+                    raise
+                self._confirm(database, position)
+        except sqlite3.Error as error:
+            raise NotStored(str(error)) from error
+
+    def _begin(self, database: sqlite3.Connection) -> None:
+        """Begin to write, however long another program keeps the file locked.
+
+        SQLite's own wait could neither be told of nor ended.
+        """
+        since, told = time.monotonic(), False
+        try:
+            while not _begins(database):
+                if self._ending.wait(LOCK_STEP):
+                    raise NotStored("another program keeps the file locked")
+                self._place.check()
+                if not told and time.monotonic() - since >= TELL_WAITING:
+                    told = True
+                    self.on_waiting(True)
+        finally:
+            if told:
+                self.on_waiting(False)
+
+    def _insert(self, database: sqlite3.Connection, position: int, lines: list[bytes]) -> None:
+        """Insert lines many at a time: each statement releases the interpreter's lock once."""
+        now = time.time()
+        for first in range(0, len(lines), ROWS):
+            some = lines[first : first + ROWS]
+            values: list[int | float | str] = []
+            for place, line in enumerate(some, position + first):
+                values += (place, now, *protocol.parts(line.decode(self._fmt)))
+            rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
+            database.execute(f"INSERT INTO lines VALUES {rows}", values)
+
+    def _confirm(self, database: sqlite3.Connection, position: int) -> None:
+        """See that the file was in its place until the commit, or take the lines out again.
+
+        Refused to their authors, they must not be there when the file is put back.
+        """
+        try:
+            self._place.check()
+        except NotStored:
+            with contextlib.suppress(sqlite3.Error):
+                database.execute("DELETE FROM lines WHERE position >= ?", (position,))
+            raise
+
+    def close(self, deadline: float) -> None:
+        """Take the log over into the file, also if another program has it open, and close."""
+        self._access.close(deadline, "PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _begins(database: sqlite3.Connection) -> bool:
+    """Begin to write, or tell that another program does."""
+    try:
+        database.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return False
+    return True
+
+
+# What stands in the file.
+
+MAGIC = b"SQLite format 3\0"
+APPLICATION = 0x43686174  # "Chat", in the file's header
+VERSION = 1
+SCHEMA = """
+    CREATE TABLE lines (
+        position INTEGER PRIMARY KEY,
+        time REAL NOT NULL,
+        kind TEXT NOT NULL,
+        name TEXT NOT NULL,
+        text TEXT NOT NULL
+    );
+    CREATE TABLE bans (
+        name TEXT NOT NULL, address TEXT NOT NULL, by TEXT NOT NULL,
+        until REAL NOT NULL, reason TEXT NOT NULL
+    );
+    CREATE TABLE room (format TEXT NOT NULL);
+"""
+
+
+def _read_only(path: str) -> sqlite3.Connection:
+    uri = pathlib.Path(path).as_uri()
+    return sqlite3.connect(f"{uri}?mode=ro", timeout=1, uri=True, check_same_thread=False)
+
+
+def _check_file(place: Place, fmt: str) -> tuple[int | None, int | None]:
+    """Return the first and the last position in a file, if it has any.
+
+    Raise `HistoryError` unless this version can go on with it.  It is looked at without
+    a right to write, so that what is not ours stays as it is, and at its ends alone, so
+    that a large file takes no longer than a small one.
+    """
+    head = place.head()
+    if not head:
+        return None, None
+    with contextlib.closing(_read_only(place.path)) as database:
+        try:
+            if head == MAGIC and _is_unfinished(database):
+                return None, None
+            _check_header(place.path, database, fmt)
+            for table in ("lines", "bans"):
+                database.execute(f"SELECT * FROM {table} ORDER BY rowid DESC LIMIT 100").fetchall()
+            # Both in one SELECT would look at every line.
+            ends = "SELECT (SELECT min(position) FROM lines), (SELECT max(position) FROM lines)"
+            first, last = database.execute(ends).fetchone()
+        except sqlite3.OperationalError:
+            raise  # locked, or out of reach
+        except sqlite3.DatabaseError as error:
+            raise HistoryError(f"{place.path} is damaged or no history: {error}") from None
+    return first, last
+
+
+def _is_unfinished(database: sqlite3.Connection) -> bool:
+    """Tell whether a server ended here before it had made a history."""
+    tables, application = database.execute(
+        "SELECT (SELECT count(*) FROM sqlite_master), application_id FROM pragma_application_id"
+    ).fetchone()
+    return not tables and not application
+
+
+def _check_header(path: str, database: sqlite3.Connection, fmt: str) -> None:
+    application, version = database.execute(
+        "SELECT application_id, user_version FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    if application != APPLICATION:
+        raise HistoryError(f"{path} is the file of another program; choose another")
+    if version > VERSION:
+        raise HistoryError(f"{path} was written by a newer version; use that one")
+    formats = [row[0] for row in database.execute("SELECT format FROM room")]
+    if len(formats) != 1 or formats[0] not in protocol.FORMATS:
+        raise HistoryError(f"{path} is damaged: it does not tell its format")
+    if formats[0] != fmt and fmt == protocol.FORMAT:
+        raise HistoryError(f"{path} is in {formats[0]}; start with --format {formats[0]}")
+
+
+def _prepare(database: sqlite3.Connection, fmt: str) -> None:
+    """Make a file that was checked ready to be written to."""
+    if database.execute("PRAGMA journal_mode=WAL").fetchone() != ("wal",):
+        raise sqlite3.OperationalError("its disk cannot keep a log beside it")
+    database.execute("PRAGMA synchronous=FULL")
+    if not database.execute("PRAGMA application_id").fetchone()[0]:
+        database.executescript(
+            f"BEGIN; PRAGMA application_id={APPLICATION}; PRAGMA user_version={VERSION};"
+            f" {SCHEMA} INSERT INTO room VALUES ('{fmt}'); COMMIT;"
+        )
+    if database.execute("SELECT format FROM room").fetchone() != (fmt,):
+        database.execute("UPDATE room SET format = ?", (fmt,))
+    database.execute("PRAGMA busy_timeout=0")  # the waiting is ours from here on
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Have what cannot be read, or is no line of a room, raise `NotReadable`."""
+    try:
+        yield
+    except (sqlite3.Error, ValueError, TypeError) as error:
+        raise NotReadable(str(error)) from error
+
+
+def _recalled(when: float, kind: str, name: str, text: str) -> Recalled:
+    """Return a line from its row; raise `ValueError` for one that no server wrote."""
+    line = str(Line(Kind(kind), name, text))
+    if _CONTROL.search(line) or not 0 <= when < MAX_TIME:
+        raise ValueError("a line in the file is damaged")
+    return Recalled(when, line)
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+MAX_TIME = 2**35  # seconds, some thousand years; what a clock may say and `gmtime` takes
 
 
 # --- Clients -----------------------------------------------------------------
