@@ -577,6 +577,8 @@ COMMANDS = {
 
 NOTHING_SAID = answer("nothing has been said yet")
 NOT_STORED = not_sent("it could not be stored; try again later")
+ROOM_WAITS = answer("the room is waiting; what you say is kept")
+ROOM_GOES_ON = answer("the room goes on")
 BYE = answer("bye")
 ROOM_FULL = answer("the room is full; try again later")
 ADDRESS_FULL = answer("too many connections from your address; close one and try again")

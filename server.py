@@ -83,6 +83,7 @@ STAMP = "%Y-%m-%d %H:%MZ"  # how times are shown, with their zone, UTC
 TRIES = 3  # at a name or a password
 WRONG_DELAY = 1.0  # seconds after a wrong password
 MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
+STOP_WAIT = 1.0  # seconds at shutdown for a file that another program keeps locked
 STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
 STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
 LINGER = 1.0  # seconds for a client to close after our last line
@@ -441,7 +442,9 @@ class FileHistory(History):
         readers = [self._pager, self._questions, self._searches]
         # The last to close removes the log by its name, which may have become that of
         # another server; a reader cannot remove it.
-        order = [*readers, self._writer] if self._place.is_ours() else [self._writer, *readers]
+        order: list[Access | Writer] = [*readers, self._writer]
+        if not self._place.is_ours():
+            order = [self._writer, *readers]
         for access in order:
             access.close(deadline)
         self._place.leave()
@@ -913,11 +916,11 @@ class Left(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """Lines from the file for a client that is behind; they belong before `end`."""
+    """Lines from the file for a client that is behind, from `start` on; before it are none."""
 
     client: Client
+    start: int
     lines: list[bytes]
-    end: int
 
 
 Entry = Said | Told | Private | Joined | Left | Fetched
@@ -937,6 +940,7 @@ class Room:
         self.max_clients = max_clients
         self.op_password: Password | None = None  # nobody can become an operator
         self.history = history
+        self.history.on_waiting = self._tell_of_wait
         self.bans = history.bans()
         self.clients: list[Client] = []  # who listens; only the broadcaster touches it
         self.names: dict[str, Client] = {}  # who has which name, folded
@@ -1144,6 +1148,8 @@ class Room:
             self._stop_at = time.monotonic() + STOP_DELIVER
             self._round_over.notify_all()
         self._waker.wake()
+        self._broadcaster.join(STOP_WAIT)
+        self.history.give_up()
         self._broadcaster.join()
         self._wanted.put(None)
         self._fetcher.join()
@@ -1252,6 +1258,15 @@ class Room:
             self._storing = True
         return True
 
+    def _tell_of_wait(self, waiting: bool) -> None:
+        """Tell everyone that the history's file is locked, or not any more."""
+        log.warning("the history's file is %s", "locked; the room waits" if waiting else "free")
+        line = self.line(protocol.ROOM_WAITS if waiting else protocol.ROOM_GOES_ON)
+        for client in self.clients:
+            self._tell(client, client.position, line)
+            self._due.add(client)
+        self._serve_due()
+
     def _refuse(self, author: Client, count: int, position: int) -> None:
         """Tell an author that lines could not be stored, and so were not sent."""
         for _ in range(count):
@@ -1279,7 +1294,7 @@ class Room:
         elif isinstance(entry, Joined):
             asked = entry.asked
             start = position - asked.last if asked.position is None else asked.position
-            client.position = min(max(start, self.history.oldest), position)
+            client.position = min(self.history.start_for(start), position)
             self._tell(client, client.position, entry.greeting)
             if asked.wants_position:
                 self._tell(client, client.position, self.line(protocol.at(client.position)))
@@ -1392,22 +1407,22 @@ class Room:
 
     def _place_fetched(self, client: Client, page: Fetched) -> None:
         client.fetching = False
-        if page.lines:
+        if page.start > client.position:  # what is before it could not be read
+            self._skip_to(client, page.start)
+        else:
             client.data = _block(page.lines)
             client.position += len(page.lines)
-        else:  # it could not be read
-            self._skip_to(client, page.end)
 
     def _fetch(self) -> None:
         """Read from the file for those who are behind; the main loop of the fetcher."""
         while (wanted := self._wanted.get()) is not None:
             client, position, end = wanted
             try:
-                lines = self.history.fetch(position, end)
+                start, lines = self.history.fetch(position, end)
             except Exception as error:
                 log.error("cannot read the history: %s", error)
-                lines = []
-            self.broadcast([Fetched(client, lines, end)])
+                start, lines = end, []
+            self.broadcast([Fetched(client, start, lines)])
 
     def _take_private(self, client: Client) -> None:
         lines = []
@@ -1485,7 +1500,7 @@ def obey(room: Room, client: Client, line: bytes | Refusal) -> Iterable[Entry]:
         return told(room, client, f"usage: {usage}, to {purpose}")
     except Refusal as refusal:
         return [Told(client, room.line(protocol.not_sent(refusal)))]
-    except sqlite3.Error as error:
+    except NotReadable as error:
         log.error("cannot read the history: %s", error)
         return told(room, client, "the history cannot be read; try again later")
 
@@ -1555,7 +1570,10 @@ def _search(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     if not argument:
         raise Usage
     room.settle()
-    found = room.history.last(protocol.REPLAY, argument)
+    try:
+        found = room.history.search(argument, protocol.REPLAY)
+    except TookTooLong as limit:
+        return [*recalled(room, client, limit.found), *told(room, client, str(limit))]
     return recalled(room, client, found) or told(room, client, f"nobody said {argument}")
 
 
@@ -1564,11 +1582,9 @@ def _quit(room: Room, client: Client, argument: str) -> Iterable[Entry]:
     raise Farewell("/quit", protocol.BYE)
 
 
-def recalled(room: Room, client: Client, lines: list[tuple[float, str]]) -> list[Entry]:
+def recalled(room: Room, client: Client, lines: list[Recalled]) -> list[Entry]:
     """Answer with lines of the history; as answers, for they have no position here."""
-    return told(
-        room, client, *(f"{time.strftime(STAMP, time.localtime(t))} {line}" for t, line in lines)
-    )
+    return told(room, client, *(f"{stamp(when)} {line}" for when, line in lines))
 
 
 OPERATORS_ONLY = frozenset({"kick", "ban", "unban", "bans"})

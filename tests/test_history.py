@@ -17,7 +17,7 @@ from trust import consecutive, integrity, position_of, stored
 
 from server import Ban, ChatServer
 
-STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d"
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\dZ"
 WAL_SIDE_FILES = ("-wal", "-shm", "-journal")
 
 
