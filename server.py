@@ -275,12 +275,12 @@ class History:
     def _search_until(self, deadline: float, word: str, count: int) -> list[Recalled]:
         """Look for a lower-case word, page by page, from the newest line back."""
         found: list[Recalled] = []
-        end, since = self.end, None
+        end, since = self.end, None  # so far back it has looked
         while end > self.oldest and len(found) < count:
             # Meanwhile whoever else wants the interpreter has it.
             if self._ending.wait(SEARCH_REST):
                 raise NotReadable("the history ends")
-            if time.monotonic() >= deadline:
+            if since is not None and time.monotonic() >= deadline:
                 raise TookTooLong(found[::-1], since)
             page = self._search_before(end, word)
             found += page.found[: count - len(found)]

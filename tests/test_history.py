@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import os
+import random
 import re
 import resource
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chat import Peer, pair, run_briefly, run_chat, run_server, wait_until
+from chat import DEADLINE, Peer, no_leaks, pair, run_briefly, run_chat, run_server, wait_until
 from trust import consecutive, integrity, position_of, stored
 
-from server import Ban, ChatServer
+import protocol
+from server import (
+    CHUNK,
+    SEARCH_PAGE,
+    Access,
+    Ban,
+    ChatServer,
+    FileHistory,
+    History,
+    NotReadable,
+    Said,
+    SearchedPage,
+)
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\dZ"
 WAL_SIDE_FILES = ("-wal", "-shm", "-journal")
@@ -29,12 +44,31 @@ def file(tmp_path: Path) -> Path:
     return folder / "room.db"
 
 
+@pytest.fixture
+def room() -> Iterator[ChatServer]:
+    """A room that keeps what is said in memory."""
+    with run_chat() as room:
+        yield room
+
+
 def made(file: Path, *texts: str) -> Path:
     """Let alice say something in a room that keeps it, and return the file."""
     with run_chat(history=str(file)) as room:
         alice = Peer(room.port).join("alice")
         alice.send(*texts, "/quit")
         alice.rest()
+    return file
+
+
+def many(file: Path, count: int, text: str = "some hay number ") -> Path:
+    """Put many lines of carol's behind those that a file has, and return the file."""
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute(
+            "INSERT INTO lines WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n"
+            " WHERE i < ?) SELECT (SELECT max(position) FROM lines) + i, i, 'said', 'carol',"
+            " ? || i FROM n",
+            (count, text),
+        )
     return file
 
 
@@ -217,16 +251,39 @@ def test_history_command_reaches_back_beyond_memory(file: Path) -> None:
         bob.expect_nothing()
 
 
+@pytest.fixture
+def far_away(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have this process live where clocks are far from UTC and an hour comes twice a year."""
+    with monkeypatch.context() as there:
+        there.setenv("TZ", "America/New_York")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_away")
 def test_times_are_those_at_which_it_was_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """/history after a restart shows when a line was said, not when the server started."""
-    day = time.mktime((2021, 3, 4, 5, 6, 7, 0, 0, -1))
-    with monkeypatch.context() as then:
-        then.setattr(time, "time", lambda: day)
-        made(file, "long ago")
+    """/history after a restart shows when a line was said, with its zone, wherever the server is.
+
+    In the hour that comes twice, a time without a zone would tell nothing.
+    """
+    first = calendar.timegm((2021, 11, 7, 5, 30, 0))  # 01:30 in New York, and so an hour later
+    for later in (0, 3600):
+        with monkeypatch.context() as then:
+            then.setattr(time, "time", lambda: first + later)  # noqa: B023 - called in the loop
+            made(file, f"long ago {later}")
     with run_chat(history=str(file)) as room:
         bob = Peer(room.port).join("bob")
         bob.send("/search long ago")
-        bob.expect("-> 2021-03-04 05:06 alice: long ago")
+        bob.expect("-> 2021-11-07 05:30Z alice: long ago 0")
+        bob.expect("-> 2021-11-07 06:30Z alice: long ago 3600")
+
+
+@pytest.mark.usefixtures("far_away")
+def test_end_of_a_ban_is_told_with_its_zone() -> None:
+    """A ban tells until when it holds in UTC."""
+    until = calendar.timegm((2026, 11, 25, 16, 31, 0))
+    assert str(Ban("bob", "", "alice", until, "noise")) == "until 2026-11-25 16:31Z: noise"
 
 
 @pytest.mark.parametrize("word", ["50%", "a_b", "back\\slash", "it's", '"', "%", "_", "\\"])
@@ -259,13 +316,7 @@ def test_search_finds_in_any_case_by_text_and_by_name(file: Path, durable: bool)
 
 def test_million_lines_are_searched(file: Path) -> None:
     """A word in a file of a million lines is found, first line or last, and nothing else."""
-    made(file, "the first needle")
-    with contextlib.closing(sqlite3.connect(file)) as database, database:
-        database.execute(
-            "INSERT INTO lines WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n"
-            " WHERE i < 1000000) SELECT (SELECT max(position) FROM lines) + i, i, 'said', 'carol',"
-            " 'some hay number ' || i FROM n"
-        )
+    many(made(file, "the first needle"), 1_000_000)
     with run_chat(history=str(file)) as room:
         bob = Peer(room.port).join("bob")
         bob.send("/search needle", "/search number 777777", "/search nothing", "on")
@@ -274,27 +325,161 @@ def test_million_lines_are_searched(file: Path) -> None:
         bob.expect("-> nobody said nothing", "bob: on")
 
 
-def test_rounds_go_on_while_a_search_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search that takes its time holds up nobody but who asked."""
-    with run_chat(history=str(file)) as room:
+@pytest.mark.parametrize("durable", [False, True])
+def test_only_searches_wait_for_a_search(
+    file: Path, durable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a search takes its time people talk, recall, come in and read what is long ago."""
+    if durable:
+        made(file, *(f"old {number}" for number in range(30)))
+    with run_chat(history=str(file) if durable else None) as room:
         alice, bob = pair(room.port)
-        search, begun, may_end = room.history.last, threading.Event(), threading.Event()
+        look, begun, may_go_on = room.history._search_before, threading.Event(), threading.Event()
 
-        def search_long(count: int, word: str = "") -> list[tuple[float, str]]:
+        def look_long(end: int, word: str) -> SearchedPage:
             begun.set()
-            assert may_end.wait(15)
-            return search(count, word)
+            assert may_go_on.wait(DEADLINE)
+            return look(end, word)
 
-        monkeypatch.setattr(room.history, "last", search_long)
-        alice.send("/search hello")
-        assert begun.wait(15)
+        monkeypatch.setattr(room.history, "_search_before", look_long)
+        alice.send("/search alice")
+        assert begun.wait(DEADLINE)
         for number in range(20):
             bob.send(f"hello {number}")
             bob.expect(f"bob: hello {number}")
             alice.expect(f"bob: hello {number}")
-        may_end.set()
-        for number in range(20):
-            alice.expect_match(f"-> {STAMP} bob: hello {number}")
+        bob.send("/history 1")
+        bob.expect_match(f"-> {STAMP} bob: hello 19")
+        carol = Peer(room.port).introduce("carol 0")
+        carol.expect_eventually("* alice joined the chat")
+        carol.expect_eventually("* carol joined the chat")
+        bob.expect("* carol joined the chat")
+        may_go_on.set()
+        alice.expect("* carol joined the chat")
+        alice.expect_match(f"-> {STAMP} .*alice.*")
+
+
+def test_search_that_waits_too_long_for_others_is_told_so(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who searches while too many others do is answered in the time that a search may take."""
+    monkeypatch.setattr("server.SEARCH_LIMIT", 0.05)
+    alice = Peer(room.port).join("alice")
+    with room.history._searching:
+        alice.send("/search hello")
+        alice.expect("-> too many are searching; try again later")
+    alice.send("/search alice")
+    alice.expect_match(rf"-> {STAMP} \* alice joined the chat")
+
+
+def test_search_over_its_limit_tells_what_it_has_found(file: Path) -> None:
+    """A search that takes too long gives what it found by then, and tells how far back it is."""
+    many(made(file, "an early needle"), 400_000)
+    with run_server("--history", str(file), SEARCH_LIMIT=0.02) as server:
+        bob = Peer(server.port).join("bob")
+        bob.send("a late needle", "/search needle", "/search nothing")
+        bob.expect("bob: a late needle")
+        bob.expect_match(f"-> {STAMP} bob: a late needle")
+        for _ in range(2):
+            bob.expect_match(f"-> looked back to {STAMP} only; further would take too long")
+        bob.expect_nothing()
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_word_that_repeats_itself_is_found_as_fast_as_any(file: Path, durable: bool) -> None:
+    """Lines of one letter, and a word on which a naive search goes over each of them 500 times."""
+    word = "a" * 499 + "b"
+    if durable:
+        many(made(file), 60_000, "a" * 1000)
+    with run_chat(history=str(file) if durable else None) as room:
+        alice = Peer(room.port).join("alice")
+        if not durable:
+            for _ in range(20):
+                room.broadcast([Said([b"carol: " + b"a" * 1000] * 1000)])
+            alice.lines(20_000)
+        alice.send(f"/search {word}")
+        alice.expect(f"-> nobody said {word}")
+        alice.send(f"x{word}x", f"/search {word}")
+        alice.expect(f"alice: x{word}x")
+        alice.expect_match(f"-> {STAMP} alice: x{word}x")
+
+
+WORDS = ("alice", "e: h", "HAY", "ü", "GRÜSSE", "ß", "Σ", "ς", "İ", "i", "joined", "chat", "%")
+
+
+@pytest.mark.parametrize("fmt", ["ascii", "utf-8"])
+def test_search_finds_what_a_look_at_each_line_finds(file: Path, fmt: str) -> None:
+    """In memory and in a file a search finds the lines that have the word, across all steps."""
+    choose = random.Random(4).choice
+    texts = ["some hay", "HAY", "joined the CHAT", "e: h", "50%", "ΟΔΟΣ", "Grüße", "İi", "über"]
+    names = ["alice", "hay", "bob"]
+    lines = [
+        choose(["{}: {}", "** {} {}", "* {} {}"]).format(choose(names), choose(texts))
+        for _ in range(2 * CHUNK + SEARCH_PAGE)
+    ]
+    lines[5], lines[CHUNK + 7] = "alice: only here", "bob: and here"
+    if fmt == "ascii":
+        lines = [line.encode("ascii", "ignore").decode() for line in lines]
+    durable = FileHistory(str(file), fmt)
+    for history in (History(fmt), durable):
+        history.append([line.encode(fmt) for line in lines])
+        for word in (*WORDS, "only here", "AND HERE"):
+            expected = [
+                line
+                for line in lines
+                if any(word.lower() in part.lower() for part in protocol.parts(line)[1:])
+            ]
+            for count in (1, 20, len(lines)):
+                found = [line for _, line in history.search(word, count)]
+                assert found == expected[-count:], (word, count, history)
+    durable.close()
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_server_ends_in_time_while_somebody_searches(file: Path, durable: bool) -> None:
+    """A search that would go on for minutes ends when the server does."""
+    options = ("--history", str(many(made(file, "one"), 20_000))) if durable else ()
+    with run_server(*options, SEARCH_REST=60.0, SEARCH_LIMIT=600.0) as server:
+        alice, bob = pair(server.port)
+        alice.send("on", "/search nothing")
+        bob.expect("alice: on")
+        bob.send("/search nothing")
+        alice.expect("alice: on")
+        assert server.stop() == 0
+
+
+def test_connection_is_closed_when_nobody_is_inside(file: Path) -> None:
+    """Closing interrupts a statement that would run for ever, and waits for its thread."""
+    access = Access(sqlite3.connect(file, check_same_thread=False))
+    ended = threading.Event()
+
+    def run_for_ever() -> None:
+        with pytest.raises(NotReadable, match="interrupted"):
+            access.rows(
+                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+                " SELECT count(*) FROM n"
+            )
+        ended.set()
+
+    with no_leaks():
+        threading.Thread(target=run_for_ever).start()
+        wait_until(access._lock.locked, "the statement to run")
+        access.close(time.monotonic() + DEADLINE)
+        assert ended.wait(DEADLINE)
+    with pytest.raises(NotReadable, match="closed"):
+        access.rows("SELECT 1")
+
+
+def test_connection_is_left_open_under_a_thread_that_does_not_come_out(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that does not answer keeps nobody from ending, and nothing is closed under it."""
+    access = Access(sqlite3.connect(file, check_same_thread=False))
+    with access.inside() as database:
+        access.close(time.monotonic())
+        assert database.execute("SELECT 1").fetchall() == [(1,)]
+    assert "does not answer" in caplog.text
+    access.close(time.monotonic())
 
 
 # --- Files that cannot be used -----------------------------------------------
