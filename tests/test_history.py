@@ -8,10 +8,12 @@ import os
 import random
 import re
 import resource
+import shutil
+import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from trust import consecutive, integrity, position_of, stored
 import protocol
 from server import (
     CHUNK,
+    PAGE,
     SEARCH_PAGE,
     Access,
     Ban,
@@ -532,14 +535,77 @@ def test_truncated_file_is_refused(file: Path) -> None:
     assert "damaged" in untouched(file)
 
 
-def test_flipped_page_is_found(file: Path) -> None:
-    """A history with one page overwritten is refused and left as it is."""
-    made(file, *("x" * 500 for _ in range(200)))
+def flip(file: Path, start: int) -> None:
+    """Turn over every bit of the page of a file in which a byte stands."""
     data = bytearray(file.read_bytes())
-    half = len(data) // 2 // 4096 * 4096
-    data[half : half + 4096] = bytes(byte ^ 0xFF for byte in data[half : half + 4096])
+    start = start // 4096 * 4096
+    data[start : start + 4096] = bytes(byte ^ 0xFF for byte in data[start : start + 4096])
     file.write_bytes(data)
+
+
+@pytest.mark.parametrize("text", ["the first", "the last", "CREATE TABLE lines"])
+def test_damage_at_the_ends_is_found_at_the_start(file: Path, text: str) -> None:
+    """A history with damage where every start looks is refused and left as it is."""
+    made(file, "the first", *("x" * 500 for _ in range(200)), "the last")
+    flip(file, file.read_bytes().rindex(text.encode()))
     assert "damaged" in untouched(file)
+
+
+def test_damage_within_a_file_harms_nothing_else(file: Path) -> None:
+    """A start does not look at the whole file; what is damaged is told when it is asked for."""
+    made(file, *("x" * 500 for _ in range(200)))
+    flip(file, file.stat().st_size // 2)
+    with run_server("--history", str(file)) as server:
+        bob = Peer(server.port).introduce("bob 0")
+        bob.expect_match("-> Welcome, bob! .*")
+        bob.expect_match(r"-> at \d+")
+        bob.expect_match(r"-> missed \d+ lines")
+        bob.expect("* bob joined the chat")
+        bob.send("hello", "/search hay", "/history 2")
+        bob.expect("bob: hello", "-> the history cannot be read; try again later")
+        bob.expect_match(rf"-> {STAMP} \* bob joined the chat")
+        bob.expect_match(f"-> {STAMP} bob: hello")
+        server.expect_log("cannot read the history: database disk image is malformed")
+
+
+@pytest.mark.parametrize(
+    "damage", ["kind = 'nonsense'", "text = 'a' || char(10) || 'b'", "time = 'noon'", "time = 1e99"]
+)
+def test_line_that_no_server_wrote_is_not_shown(file: Path, damage: str) -> None:
+    """A damaged line of the file reaches nobody's terminal, and costs nobody the connection."""
+    made(file, "one")
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute(f"UPDATE lines SET {damage} WHERE text = 'one'")
+    with run_server("--history", str(file)) as server:
+        bob = Peer(server.port).introduce("bob 0")
+        position_of(bob)
+        bob.expect("-> missed 3 lines", "* bob joined the chat")
+        for question in ("/history", "/search o"):
+            bob.send(question)
+            bob.expect("-> the history cannot be read; try again later")
+
+
+def test_line_taken_out_of_the_file_is_told_as_missed(file: Path) -> None:
+    """Who reads over a gap in the file is told of it, and its positions stay right."""
+    made(file, *(str(number) for number in range(PAGE + 10)))
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute("DELETE FROM lines WHERE text IN ('3', '4', '7')")
+    with run_chat(history=str(file)) as room:
+        bob = Peer(room.port).introduce("bob 0")
+        bob.expect_match("-> Welcome, bob! .*")
+        bob.expect_match(r"-> at \d+")
+        bob.expect("* alice joined the chat", "alice: 0", "alice: 1", "alice: 2")
+        bob.expect("-> missed 2 lines", "alice: 5", "alice: 6", "-> missed 1 line")
+        bob.expect(*(f"alice: {number}" for number in range(8, PAGE + 10)))
+        bob.expect("* alice left the chat", "* bob joined the chat")
+
+
+def test_history_without_its_format_is_refused(file: Path) -> None:
+    """A file that does not tell what its text is in is refused in one line."""
+    made(file, "one")
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute("DELETE FROM room")
+    assert "damaged" in refused(file)
 
 
 def test_database_of_another_program_is_refused(file: Path) -> None:
@@ -689,6 +755,277 @@ def test_who_joins_while_the_disk_refuses_hears_the_room_again(file: Path) -> No
         bob.expect("alice: after")
         alice.expect("alice: after")
     assert stored(file)[position + 1] == "alice: after"
+
+
+# --- A file that is taken away -----------------------------------------------
+
+
+def take_away(file: Path) -> Path:
+    """Move a file, and return where it is."""
+    return file.rename(file.with_name("elsewhere.db"))
+
+
+def replace_by_copy(file: Path) -> None:
+    """Put a copy in the place of a file."""
+    copy = file.with_name("copy.db")
+    shutil.copy(file, copy)
+    copy.rename(file)
+
+
+@pytest.mark.parametrize("part", ["", "-wal", "-shm"])
+def test_file_that_is_moved_refuses_lines_until_it_is_back(file: Path, part: str) -> None:
+    """Nobody sees a line that nobody would find in the file, and its author is told."""
+    moved = Path(f"{file}{part}")
+    with run_server("--history", str(file)) as server:
+        alice, bob = pair(server.port)
+        alice.send("before")
+        alice.expect("alice: before")
+        bob.expect("alice: before")
+        away = take_away(moved)
+        expect_refusals(alice, bob)
+        server.expect_log(f"cannot store what is said: {re.escape(str(moved))} was moved")
+        away.rename(moved)
+        alice.send("after")
+        bob.expect("alice: after")
+    kept = stored(file)
+    assert list(kept.values())[2:4] == ["alice: before", "alice: after"]
+    assert consecutive(kept)
+    assert integrity(file) == "ok"
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, replace_by_copy])
+def test_file_that_is_gone_for_good_refuses_lines(file: Path, harm: Callable[[Path], None]) -> None:
+    """A file that was removed, or has a copy in its place, is a disk that refuses."""
+    with run_server("--history", str(file)) as server:
+        alice, bob = pair(server.port)
+        harm(file)
+        expect_refusals(alice, bob)
+        server.expect_log(r"cannot store what is said: .* was (moved or removed|replaced)")
+        assert server.stop() == 0
+
+
+def test_link_that_is_turned_elsewhere_refuses_lines(file: Path) -> None:
+    """A name that leads to another file now is no place to find what was said."""
+    target = file.with_name("target.db")
+    file.symlink_to(target)
+    with run_server("--history", str(file)) as server:
+        alice, bob = pair(server.port)
+        file.unlink()
+        file.symlink_to(file.with_name("other.db"))
+        expect_refusals(alice, bob)
+        file.unlink()
+        file.symlink_to(target)
+        alice.send("after")
+        bob.expect("alice: after")
+
+
+def test_file_that_goes_while_lines_are_stored_has_none_of_them(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines refused because the file went just before their commit are not in it when it is back.
+
+    Whoever said them says them again, or they would stand there twice.
+    """
+    with run_chat(history=str(file)) as room:
+        assert isinstance(room.history, FileHistory)
+        alice, bob = pair(room.port)
+        confirm, away = room.history._writer._confirm, []
+
+        def take_away_and_confirm(database: sqlite3.Connection, position: int) -> None:
+            if not away:
+                away.append(take_away(file))
+            confirm(database, position)
+
+        monkeypatch.setattr(room.history._writer, "_confirm", take_away_and_confirm)
+        alice.send("once")
+        alice.expect(NOT_STORED)
+        away[0].rename(file)
+        alice.send("once")
+        alice.expect("alice: once")
+        bob.expect("alice: once")
+    assert list(stored(file).values()).count("alice: once") == 1
+    assert consecutive(stored(file))
+
+
+def test_second_server_does_not_begin_on_a_copy(file: Path) -> None:
+    """A copy in the place of a running server's file is in use like the file itself."""
+    with run_server("--history", str(file)) as server:
+        alice, bob = pair(server.port)
+        replace_by_copy(file)
+        assert "is in use by another server" in refused(file)
+        expect_refusals(alice, bob)
+
+
+def test_server_whose_file_was_moved_leaves_that_of_another_alone(file: Path) -> None:
+    """A server that ends takes nothing from the one that has begun at the place of its file."""
+    parts = [Path(f"{file}{part}") for part in ("", *WAL_SIDE_FILES)]
+    with run_server("--history", str(file)) as older:
+        Peer(older.port).join("alice").send("old")
+        older.expect_log("alice .* joined")
+        for part in filter(Path.exists, parts):
+            part.rename(part.with_name(f"old {part.name}"))
+        with run_server("--history", str(file)) as newer:
+            bob = Peer(newer.port).join("bob")
+            assert older.stop() == 0
+            bob.send("new")
+            bob.expect("bob: new")
+            newer.ask_to_end(signal.SIGKILL)
+            bob.rest()
+    assert list(stored(file).values()) == ["* bob joined the chat", "bob: new"]
+    assert integrity(file) == "ok"
+
+
+def test_file_is_whole_after_the_end_though_another_program_has_it_open(file: Path) -> None:
+    """What stands in the file alone, without its log, is all that was said."""
+    with run_server("--history", str(file)) as server:
+        alice = Peer(server.port).join("alice")
+        with contextlib.closing(sqlite3.connect(file)) as other:
+            assert other.execute("SELECT count(*) FROM lines").fetchone() == (1,)
+            alice.send("one", "/quit")
+            alice.expect_eventually("-> bye")
+            assert server.stop() == 0
+            copy = Path(shutil.copy(file, file.with_name("copy.db")))
+    assert list(stored(copy).values())[1:] == ["alice: one", "* alice left the chat"]
+
+
+def test_end_leaves_one_file_that_its_owner_alone_can_read(file: Path) -> None:
+    """The log beside the file is gone at the end, and nobody else can read either of them."""
+    before = os.umask(0)
+    try:
+        with run_server("--history", str(file)) as server:
+            Peer(server.port).join("alice")
+            modes = {path.name: path.stat().st_mode & 0o777 for path in file.parent.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("room.db", "room.db-wal", "room.db-shm"), 0o600)
+    assert list(file.parent.iterdir()) == [file]
+
+
+# --- A file that another program has locked ----------------------------------
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[sqlite3.Connection]:
+    """Have another program write to a file for a while."""
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield other
+
+
+def test_room_waits_for_a_locked_file_and_says_so(file: Path) -> None:
+    """People are told that the room waits; what is said meanwhile is seen when it goes on."""
+    with run_server("--history", str(file)) as server:
+        alice, bob = pair(server.port)
+        with locked(file) as other:
+            alice.send("patience")
+            for peer in (alice, bob):
+                peer.expect("-> the room is waiting; what you say is kept")
+            server.expect_log("is locked")
+            other.execute("COMMIT")
+            for peer in (alice, bob):
+                peer.expect("-> the room goes on", "alice: patience")
+    assert "alice: patience" in stored(file).values()
+
+
+def test_nobody_is_told_of_a_short_wait(file: Path) -> None:
+    """A file that is locked for a moment holds up what is said for that moment."""
+    with run_chat(history=str(file)) as room:
+        alice, bob = pair(room.port)
+        with locked(file) as other:
+            alice.send("patience")
+            wait_until(lambda: room.history._writer._access._lock.locked(), "the wait")
+            other.execute("COMMIT")
+            alice.expect("alice: patience")
+            bob.expect("alice: patience")
+
+
+def test_locked_file_is_read_while_the_room_waits(file: Path) -> None:
+    """Another program that writes to the file keeps nobody from what is in it."""
+    made(file, "needle")
+    with run_chat(history=str(file)) as room:
+        history = room.history
+        with locked(file):
+            assert [line for _, line in history.search("needle", 20)] == ["alice: needle"]
+            assert history.last(1)[0].line == "* alice left the chat"
+            assert history.fetch(history.oldest, history.end)[1][1] == b"alice: needle"
+
+
+def test_server_ends_in_time_though_its_file_is_locked(file: Path) -> None:
+    """What cannot be stored before the end is refused, and the end comes in time."""
+    with run_server("--history", str(file)) as server:
+        alice, bob = pair(server.port)
+        with locked(file):
+            alice.send("patience")
+            alice.expect("-> the room is waiting; what you say is kept")
+            server.ask_to_end()
+            assert NOT_STORED in alice.rest()
+            assert "alice: patience" not in bob.rest()
+            assert server.wait() == 0
+    assert "alice: patience" not in stored(file).values()
+
+
+def test_locked_file_that_is_moved_too_is_not_waited_for(file: Path) -> None:
+    """Who waits for a locked file that is taken away is refused at once."""
+    with run_chat(history=str(file)) as room:
+        alice = Peer(room.port).join("alice")
+        with locked(file):
+            alice.send("patience")
+            away = take_away(file)
+            alice.expect(NOT_STORED)
+            away.rename(file)
+        alice.send("on")
+        alice.expect("alice: on")
+
+
+def test_server_starts_while_its_file_is_locked(file: Path) -> None:
+    """A start writes nothing to a file that is in order, so it waits for nobody."""
+    made(file, "one")
+    with locked(file) as other, run_server("--history", str(file)) as server:
+        bob = Peer(server.port).introduce("bob")
+        bob.expect_match("-> Welcome, bob! .*")
+        bob.expect("* alice joined the chat", "alice: one", "* alice left the chat")
+        other.execute("COMMIT")
+        bob.expect("* bob joined the chat")
+
+
+# --- Positions of another history --------------------------------------------
+
+
+def test_position_of_a_room_whose_clock_was_ahead_gives_all_that_is_new(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who comes back to a room that restarted with its clock set back misses nothing of it."""
+    with run_chat() as room:
+        alice = Peer(room.port).join("alice")
+        alice.send("one")
+        alice.expect("alice: one")
+        end = room.history.end
+    with monkeypatch.context() as earlier:
+        now = time.time() - 3600
+        earlier.setattr(time, "time", lambda: now)
+        room = ChatServer(port=0, rate_limit=0.0)
+    with room:
+        bob = Peer(room.port).join("bob")
+        bob.send("two")
+        bob.expect("bob: two")
+        alice = Peer(room.port).introduce(f"alice {end}")
+        assert position_of(alice) == room.history.first < end
+        alice.expect("* bob joined the chat", "bob: two", "* alice joined the chat")
+        bob.send("/quit")
+        bob.rest()
+        alice.expect("* bob left the chat")
+        alice.send("/quit")
+        alice.rest()
+
+
+def test_position_beyond_a_file_gives_what_memory_would_hold(file: Path) -> None:
+    """Who brings a position of another file gets the newest lines, not all of the years before."""
+    many(made(file, "one"), 1000)
+    history = FileHistory(str(file), retained=100)
+    assert history.start_for(history.end + 1) == history.end - 100
+    assert history.start_for(history.end) == history.end
+    assert history.start_for(0) == history.oldest
+    history.close()
 
 
 # --- Bans in the file --------------------------------------------------------
