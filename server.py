@@ -180,6 +180,10 @@ class History:
     Positions only grow.  The last `retained` lines can be read again.  The
     broadcaster appends; any thread reads.  Lines have no newline here; what `read`
     returns is to be sent, and has.
+
+    `on_waiting` is called in the broadcaster's thread, inside `append`: with True when
+    another program has kept a file locked for `TELL_WAITING` seconds, with False when
+    that wait is over.
     """
 
     durable = False  # `append` waits for the disk
@@ -195,6 +199,7 @@ class History:
         # Chunks as they are sent; what stands at a position never changes.
         self._joined = functools.lru_cache(retained // CHUNK + 2)(self._join)
         self._lock = threading.Lock()  # guards all of the above
+        self.on_waiting: Callable[[bool], None] = lambda waiting: None
         self._searching = threading.Lock()  # held by the one search that runs
         self._ending = threading.Event()  # nothing waits here any more
 
@@ -327,10 +332,8 @@ class FileHistory(History):
     """A history that is in a file before anybody sees it, and goes on there after a restart.
 
     The broadcaster's thread writes; who is behind, who asks for the last lines and who
-    searches each have a connection of their own, so none holds up another.
-    `on_waiting` is called in the broadcaster's thread, inside `append`: with True when
-    another program has kept the file locked for `TELL_WAITING` seconds, with False when
-    that wait is over.  Raise `HistoryError` when the file cannot be used.
+    searches each have a connection of their own, so none holds up another.  Raise
+    `HistoryError` when the file cannot be used.
     """
 
     durable = True
@@ -350,7 +353,9 @@ class FileHistory(History):
     def _open(self, opened: contextlib.ExitStack) -> None:
         """Look at the file, then open it once for each kind of work."""
         first, last = _check_file(self._place, self.fmt)
-        self._writer = Writer(self._place, self.fmt, self._ending)
+        self._writer = Writer(
+            self._place, self.fmt, self._ending, lambda waiting: self.on_waiting(waiting)
+        )
         opened.callback(self._writer.close, 0.0)
         self._pager, self._questions, self._searches = readers = [
             Access(_read_only(self._place.path)) for _ in range(3)
@@ -367,15 +372,6 @@ class FileHistory(History):
         """The first position in the file."""
         return self._oldest
 
-    @property
-    def on_waiting(self) -> Callable[[bool], None]:
-        """What is called when `append` waits for another program, and when not any more."""
-        return self._writer.on_waiting
-
-    @on_waiting.setter
-    def on_waiting(self, call: Callable[[bool], None]) -> None:
-        self._writer.on_waiting = call
-
     def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Commit lines to the file, then give them their positions."""
         if lines or bans is not None:
@@ -383,27 +379,26 @@ class FileHistory(History):
             super().append(lines)
 
     def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
-        """Return at most `PAGE` lines from the file; some may be missing there."""
+        """Return at most `PAGE` lines from the file, up to one that is missing there."""
         rows = self._pager.rows(
             "SELECT position, time, kind, name, text FROM lines"
             " WHERE position >= ? AND position < ? ORDER BY position LIMIT ?",
             (position, end, PAGE),
         )
-        start = rows[0][0] if rows else end
-        with _readable():
-            return start, [
-                _recalled(*row).line.encode(self.fmt)
-                for place, (position, *row) in enumerate(rows, start)
-                if place == position
-            ]
+        kept = {place: line.line.encode(self.fmt) for place, line in self._sound(rows)}
+        if not kept:
+            return (rows[-1][0] + 1 if rows else end), []
+        start = min(kept)
+        whole = itertools.takewhile(kept.__contains__, itertools.count(start))
+        return start, [kept[place] for place in whole]
 
     def last(self, count: int) -> list[Recalled]:
         """Return the last `count` lines of all that was ever said."""
         rows = self._questions.rows(
-            "SELECT time, kind, name, text FROM lines ORDER BY position DESC LIMIT ?", (count,)
+            "SELECT position, time, kind, name, text FROM lines ORDER BY position DESC LIMIT ?",
+            (count,),
         )
-        with _readable():
-            return [_recalled(*row) for row in reversed(rows)]
+        return [line for _, line in self._sound(reversed(rows))]
 
     def _search_before(self, end: int, word: str) -> SearchedPage:
         """Look for a lower-case word in one page of the file before `end`, all at once.
@@ -422,13 +417,21 @@ class FileHistory(History):
         if word not in block.lower():
             return SearchedPage(start, since, [])
         rows = self._searches.rows(
-            "SELECT time, kind, name, text FROM lines"
+            "SELECT position, time, kind, name, text FROM lines"
             " WHERE position >= ? AND position < ? ORDER BY position DESC",
             (start, end),
         )
-        with _readable():
-            found = [_recalled(*row) for row in rows if word in f"{row[2]}\n{row[3]}".lower()]
-        return SearchedPage(start, since, found)
+        rows = [row for row in rows if word in f"{row[3]}\n{row[4]}".lower()]
+        return SearchedPage(start, since, [line for _, line in self._sound(rows)])
+
+    def _sound(self, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Recalled]]:
+        """Give the positions and the lines of those rows that a server wrote: not the damaged."""
+        for position, when, kind, name, text in rows:
+            with contextlib.suppress(ValueError, TypeError):
+                line = str(Line(Kind(kind), name, text))
+                line.encode(self.fmt)
+                if 0 <= when < MAX_TIME and not CONTROL.search(line):
+                    yield position, Recalled(when, line)
 
     def bans(self) -> list[Ban]:
         """Return the bans that the file has."""
@@ -556,8 +559,11 @@ class Access:
 
     def rows(self, statement: str, values: Sequence[int] = ()) -> list[tuple[Any, ...]]:
         """Return all rows that a statement gives; raise `NotReadable`."""
-        with _readable(), self.inside() as database:
-            return database.execute(statement, values).fetchall()
+        try:
+            with self.inside() as database:
+                return database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise NotReadable(str(error)) from error
 
     def close(self, deadline: float, last: str = "") -> None:
         """End what runs, execute a last statement and close; nobody gets inside any more."""
@@ -577,7 +583,9 @@ class Access:
 class Writer:
     """Puts the room's lines into the file; the broadcaster's thread alone stores."""
 
-    def __init__(self, place: Place, fmt: str, ending: threading.Event) -> None:
+    def __init__(
+        self, place: Place, fmt: str, ending: threading.Event, on_waiting: Callable[[bool], None]
+    ) -> None:
         database = sqlite3.connect(
             place.path, timeout=1, isolation_level=None, check_same_thread=False
         )
@@ -586,11 +594,11 @@ class Writer:
         except BaseException:
             database.close()
             raise
-        self.on_waiting: Callable[[bool], None] = lambda waiting: None
         self._access = Access(database)
         self._place = place
         self._fmt = fmt
         self._ending = ending  # no wait for other programs any more
+        self._on_waiting = on_waiting
 
     def store(self, position: int, lines: list[bytes], bans: Sequence[Ban] | None) -> None:
         """Commit lines from `position` on, and a changed list of bans; raise `NotStored`."""
@@ -625,10 +633,10 @@ class Writer:
                 self._place.check()
                 if not told and time.monotonic() - since >= TELL_WAITING:
                     told = True
-                    self.on_waiting(True)
+                    self._on_waiting(True)
         finally:
             if told:
-                self.on_waiting(False)
+                self._on_waiting(False)
 
     def _insert(self, database: sqlite3.Connection, position: int, lines: list[bytes]) -> None:
         """Insert lines many at a time: each statement releases the interpreter's lock once."""
@@ -674,6 +682,8 @@ def _begins(database: sqlite3.Connection) -> bool:
 MAGIC = b"SQLite format 3\0"
 APPLICATION = 0x43686174  # "Chat", in the file's header
 VERSION = 1
+MAX_TIME = 2**35  # seconds, some thousand years: what a clock may say and `gmtime` takes
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # stands in no line of a room
 SCHEMA = """
     CREATE TABLE lines (
         position INTEGER PRIMARY KEY,
@@ -758,27 +768,6 @@ def _prepare(database: sqlite3.Connection, fmt: str) -> None:
     if database.execute("SELECT format FROM room").fetchone() != (fmt,):
         database.execute("UPDATE room SET format = ?", (fmt,))
     database.execute("PRAGMA busy_timeout=0")  # the waiting is ours from here on
-
-
-@contextlib.contextmanager
-def _readable() -> Iterator[None]:
-    """Have what cannot be read, or is no line of a room, raise `NotReadable`."""
-    try:
-        yield
-    except (sqlite3.Error, ValueError, TypeError) as error:
-        raise NotReadable(str(error)) from error
-
-
-def _recalled(when: float, kind: str, name: str, text: str) -> Recalled:
-    """Return a line from its row; raise `ValueError` for one that no server wrote."""
-    line = str(Line(Kind(kind), name, text))
-    if _CONTROL.search(line) or not 0 <= when < MAX_TIME:
-        raise ValueError("a line in the file is damaged")
-    return Recalled(when, line)
-
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-MAX_TIME = 2**35  # seconds, some thousand years; what a clock may say and `gmtime` takes
 
 
 # --- Clients -----------------------------------------------------------------
