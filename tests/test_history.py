@@ -481,7 +481,7 @@ def test_connection_is_closed_when_nobody_is_inside(file: Path) -> None:
         ended.set()
 
     with no_leaks():
-        threading.Thread(target=run_for_ever).start()
+        threading.Thread(target=run_for_ever, daemon=True).start()
         wait_until(access._lock.locked, "the statement to run")
         access.close(time.monotonic() + DEADLINE)
         assert ended.wait(DEADLINE)
