@@ -442,13 +442,9 @@ class FileHistory(History):
         """Close the file, whole in itself, and let another server have it."""
         super().close()
         deadline = time.monotonic() + CLOSE_LIMIT
-        readers = [self._pager, self._questions, self._searches]
-        # The last to close removes the log by its name, which may have become that of
-        # another server; a reader cannot remove it.
-        order: list[Access | Writer] = [*readers, self._writer]
-        if not self._place.is_ours():
-            order = [self._writer, *readers]
-        for access in order:
+        # Readers first: the last to close removes the log, and a reader cannot.  SQLite sees
+        # itself whether the file was moved, and then leaves alone what has the log's name.
+        for access in (self._pager, self._questions, self._searches, self._writer):
             access.close(deadline)
         self._place.leave()
 
@@ -501,14 +497,6 @@ class Place:
                 raise NotStored(f"{path} is out of reach: {error.strerror}") from None
             if found != identity:
                 raise NotStored(f"{path} was replaced by another; put it back")
-
-    def is_ours(self) -> bool:
-        """Tell whether all files are in their places."""
-        try:
-            self.check()
-        except NotStored:
-            return False
-        return True
 
     def leave(self) -> None:
         """Let another server have the file; the last that happens to it.
