@@ -988,9 +988,12 @@ def test_server_ends_in_time_though_its_file_is_locked(file: Path) -> None:
 def test_locked_file_that_is_moved_too_is_not_waited_for(file: Path) -> None:
     """Who waits for a locked file that is taken away is refused at once."""
     with run_chat(history=str(file)) as room:
+        assert isinstance(room.history, FileHistory)
+        writer = room.history._writer
         alice = Peer(room.port).join("alice")
         with locked(file):
             alice.send("patience")
+            wait_until(writer._access._lock.locked, "the wait")
             away = take_away(file)
             alice.expect(NOT_STORED)
             away.rename(file)
