@@ -753,6 +753,13 @@ def stamp(when: float) -> str:
     return time.strftime("%Y-%m-%d %H:%MZ", time.gmtime(when))
 
 
+def searched_back_to(since: float | None) -> str:
+    """Tell how far back a search came in its time; None when it did not begin."""
+    if since is None:
+        return "too many are searching; try again later"
+    return f"looked back to {stamp(since)} only; further would take too long"
+
+
 def nobody_said(word: str) -> str:
     """Answer a search that found nothing."""
     return answer(f"nobody said {word}")

@@ -71,7 +71,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -112,12 +112,19 @@ OUTBOX_LINES = 1000  # lines for one client alone that may wait
 OUTBOX_BYTES = 256 * 1024
 PARTING = 10.0  # seconds without progress until what is left for somebody who leaves is given up
 LOOK = 10.0  # seconds between two looks for peers that are dead
+STOP_WAIT = 1.0  # seconds at shutdown for a file that another program keeps locked
 STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
-STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
+STOP_CLOSE = 0.6  # seconds after that for the clients to close, and then for the threads
 # In the history.
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
 ROWS = 199  # lines inserted by a statement, five values each; older SQLites take 999 in all
 PAGE = 500  # lines read from the file at once for who is behind
+SEARCH_PAGE = 2000  # lines of the file that a search looks at in one step, 100 KB as people write
+SEARCH_REST = 0.0005  # seconds between two steps of a search, for all else
+SEARCH_LIMIT = 5.0  # seconds that somebody waits for a search
+LOCK_STEP = 0.020  # seconds between two looks whether a locked file is free
+TELL_WAITING = 2.0  # seconds that a file may be locked before people are told
+CLOSE_LIMIT = 1.0  # seconds for who is inside the file to come out at the end
 CHUNK = 1024  # lines given to a client at once: 50 KB as people write, 1.2 MB at the most
 MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
 # On the console.
@@ -183,19 +190,19 @@ class ChatServer:
         self.password = Secret(password)
         self.op_password = Secret(op_password)
         self.limits = Limits(**limits)  # type: ignore[arg-type]
-        self._listener = _listen_on(host, port)
-        self.host, self.port = self._listener.getsockname()[:2]
-        try:
+        with contextlib.ExitStack() as opened:  # closed again should something fail
+            self._listener = opened.enter_context(_listen_on(host, port))
+            self.host, self.port = self._listener.getsockname()[:2]
             self.history = History(fmt) if history is None else FileHistory(history, fmt)
-        except BaseException:
-            self._listener.close()
-            raise
+            opened.callback(self.history.close)
+            self.broadcaster = Broadcaster(self.history)
+            opened.callback(self.broadcaster.close)
+            self._waker = Waker()
+            opened.pop_all()
         self.connections = Connections(self.limits)
         self.allowances = Allowances(self.limits.rate_limit)
-        self.broadcaster = Broadcaster(self.history)
         self.stopping = threading.Event()
         self._sessions = itertools.count(1)
-        self._waker = Waker()
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
     def __enter__(self) -> ChatServer:
@@ -1742,9 +1749,11 @@ class Broadcaster:
         self._pager = Pager(history, self._waker)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._waker, selectors.EVENT_READ, None)
+        history.on_waiting = self._say_waiting
         self._following: list[Output] = []  # whom rounds serve: in the room, or parting
         self._due: set[Output] = set()  # whom the next round serves, new lines or not
         self._parting: set[Output] = set()  # who gets what was said before they left, and no more
+        self._claims: dict[int, Output] = {}  # by session, who asks for a place in this round
         self._outcomes: list[Outcome] = []  # to be settled when the round has ended
         # All before this position was offered to every client; while it is under the
         # history's end, a round is due.
@@ -1765,6 +1774,8 @@ class Broadcaster:
         self.log.close()
         self._stop_at = time.monotonic() + STOP_DELIVER
         self._waker.wake()
+        self._thread.join(STOP_WAIT)
+        self.history.give_up()
         self._thread.join()
         self._pager.stop()
 
@@ -1857,6 +1868,7 @@ class Broadcaster:
         self._waker.clear()  # before taking, or what comes in between wakes nobody
         batch = self.log.take()
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
+        self._claims = {handed.output.session: handed.output for handed in batch if handed.output}
         if self.room.deadline <= time.time():
             batch.append(Handed(Passed(time.time())))
         if self._pager.pages:
@@ -1871,9 +1883,8 @@ class Broadcaster:
 
     def _carry_out_all(self, effects: list[Effect], batch: list[Handed]) -> None:
         """Do for single clients what a round means for them."""
-        claims = {handed.output.session: handed.output for handed in batch if handed.output}
         for effect in effects:
-            self._carry_out(effect, claims)
+            self._carry_out(effect)
         for handed in batch:
             if handed.reserved:
                 handed.reserved.remove(1, handed.size)
@@ -1917,10 +1928,10 @@ class Broadcaster:
             self.history.append(room.lines, bans)
             self._bans_kept = room.bans
 
-    def _carry_out(self, effect: Effect, claims: dict[int, Output]) -> None:
+    def _carry_out(self, effect: Effect) -> None:
         """Do for one client what the room has decided."""
         if isinstance(effect, Begin):
-            output: Output | None = claims[effect.session]
+            output: Output | None = self._claims[effect.session]
             assert output is not None
             self._begin(output, effect)
         elif (output := self.outputs.get(effect.session)) is None:
@@ -1935,9 +1946,11 @@ class Broadcaster:
     def _begin(self, output: Output, begin: Begin) -> None:
         """Have an output follow the room from where it was asked for."""
         asked, end = begin.asked, begin.position
-        start = end - asked.last if asked.position is None else asked.position
-        if start > end:  # of another history: all that can be had at once
-            start = end - self.history.retained
+        # `end` is not the history's any more if the round went on.
+        if asked.position is None:
+            start = end - asked.last
+        else:
+            start = asked.position if asked.position <= end else end - self.history.retained
         output.position = start = min(max(start, self.history.oldest), end)
         lines = list(begin.greeting)
         if asked.wants_position:
@@ -1971,14 +1984,29 @@ class Broadcaster:
     def _take_pages(self) -> None:
         """Give those who are behind what the pager has read for them."""
         while self._pager.pages:
-            output, lines, end = self._pager.pages.popleft()
+            output, start, lines = self._pager.pages.popleft()
             output.fetching = False
-            if lines:
+            if start > output.position:  # what is before it is not to be had
+                self._skip_to(output, start)
+            elif lines:
                 output.data = _block(lines)
                 output.position += len(lines)
-            else:  # it could not be read
-                self._skip_to(output, end)
             self._due.add(output)
+
+    def _say_waiting(self, waiting: bool) -> None:
+        """Tell people that the room waits for the disk, or goes on; from within a store."""
+        if self._stop_at < math.inf:
+            return
+        log.warning("the history's file is %s", "locked; the room waits" if waiting else "free")
+        line = _encoded(protocol.WAITING if waiting else protocol.GOES_ON)
+        for output in self.outputs.values():
+            output.enqueue(self.room.end, line)
+            self._due.add(output)
+        if waiting:
+            for output in self._claims.values():
+                with contextlib.suppress(OSError):  # nothing else is under way to them
+                    output.connection.send(_encoded(protocol.WAITING_AT_THE_DOOR))
+        self._serve_due()
 
     def _say_goodbye(self) -> None:
         """Tell everyone that the server ends, and end them behind it."""
@@ -2148,7 +2176,7 @@ class Pager:
 
     def __init__(self, history: History, waker: Waker) -> None:
         self.history = history
-        self.pages: deque[tuple[Output, list[bytes], int]] = deque()  # read, for the broadcaster
+        self.pages: deque[tuple[Output, int, list[bytes]]] = deque()  # read, for the broadcaster
         self._waker = waker
         self._wanted: queue.SimpleQueue[tuple[Output, int, int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="pager", daemon=True)
@@ -2170,11 +2198,11 @@ class Pager:
         while (wanted := self._wanted.get()) is not None:
             output, position, end = wanted
             try:
-                lines = self.history.fetch(position, end)
+                start, lines = self.history.fetch(position, end)
             except Exception as error:
                 log.error("cannot read the history: %s", error)
-                lines = []
-            self.pages.append((output, lines, end))
+                start, lines = end, []
+            self.pages.append((output, start, lines))
             self._waker.wake()
 
 
@@ -2211,7 +2239,7 @@ def obey(client: Client, line: bytes) -> None:
         client.answer(protocol.usage(verb))
     except Refusal as refusal:
         client.answer(protocol.not_sent(refusal))
-    except sqlite3.Error as error:
+    except NotReadable as error:
         log.error("cannot read the history: %s", error)
         client.answer(protocol.UNREADABLE)
 
@@ -2303,8 +2331,14 @@ def _search(client: Client, argument: str) -> list[str]:
     if not argument:
         raise Usage
     client.settle()
-    found = client.server.history.last(protocol.REPLAY, argument)
-    return [protocol.recalled(*line) for line in found] or [protocol.nobody_said(argument)]
+    try:
+        found, limit = client.server.history.search(argument, protocol.REPLAY), ""
+    except TookTooLong as error:
+        found, limit = error.found, protocol.answer(str(error))
+    lines = [protocol.recalled(*line) for line in found]
+    if limit:
+        lines.append(limit)
+    return lines or [protocol.nobody_said(argument)]
 
 
 @command("quit")
@@ -2367,7 +2401,7 @@ def _bans(client: Client, argument: str) -> None:
     client.broadcast(Asked(client.session, "bans"))
 
 
-# --- Histories -----------------------------------------------------------------
+# --- Histories: memory, then file ---------------------------------------------
 
 
 class HistoryError(Exception):
@@ -2376,6 +2410,38 @@ class HistoryError(Exception):
 
 class NotStored(Exception):
     """The history's file takes no more; nothing of what was to be appended has a position."""
+
+
+class NotReadable(Exception):
+    """The history cannot be read, or not any more."""
+
+
+class TookTooLong(Exception):
+    """A search has reached its limit of time.
+
+    `found` is what it has found by then, as `search` returns it, and the text tells
+    how far back it has looked.
+    """
+
+    def __init__(self, found: list[Recalled], since: float | None) -> None:
+        super().__init__(protocol.searched_back_to(since))
+        self.found = found
+        self.since = since
+
+
+class Recalled(NamedTuple):
+    """A line of the history as /history and /search tell of it."""
+
+    time: float  # seconds since the epoch
+    line: str
+
+
+class SearchedPage(NamedTuple):
+    """What a search found in a few lines that stand together."""
+
+    start: int  # the position of the first of them
+    since: float  # when that was said
+    found: list[Recalled]  # the newest first
 
 
 def _block(lines: list[bytes]) -> bytes:
@@ -2389,6 +2455,10 @@ class History:
     Positions only grow.  The last `retained` lines can be read again.  The
     broadcaster appends; any thread reads.  Lines have no newline here; what `read`
     returns is to be sent, and has.
+
+    `on_waiting` is called in the broadcaster's thread, inside `append`: with True when
+    another program has kept a file locked for `TELL_WAITING` seconds, with False when
+    that wait is over.
     """
 
     durable = False  # `append` waits for the disk
@@ -2404,6 +2474,9 @@ class History:
         # Chunks as they are sent; what stands at a position never changes.
         self._joined = functools.lru_cache(retained // CHUNK + 2)(self._join)
         self._lock = threading.Lock()  # guards all of the above
+        self.on_waiting: Callable[[bool], None] = lambda waiting: None
+        self._searching = threading.Lock()  # held by the one search that runs
+        self._ending = threading.Event()  # nothing waits here any more
 
     @property
     def end(self) -> int:
@@ -2415,7 +2488,17 @@ class History:
         """The first position that can be had, if not by `read` then by `fetch`."""
         return self.first
 
-    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+    def start_for(self, position: int) -> int:
+        """Return where a reader starts that asks for all from `position` on.
+
+        A position beyond the end was given by another history, such as that of a room
+        whose clock was ahead: what this one holds is all new to such a reader.
+        """
+        if position > self.end:
+            return max(self.oldest, self.end - self.retained)
+        return max(self.oldest, position)
+
+    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Give lines their positions, and keep a changed list of bans; raise `NotStored`."""
         now = time.time()
         with self._lock:
@@ -2439,210 +2522,265 @@ class History:
             lines = self._lines[position - self.first : end - self.first]
         return _block(lines)
 
-    def fetch(self, position: int, end: int) -> list[bytes]:
-        """Return lines that are not in memory any more; it may take its time."""
-        return []
+    def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
+        """Return lines that are not in memory any more; it may take its time.
 
-    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
-        """Return the last `count` lines that have `word` in them, in any case, with their times."""
+        They begin at the position that is returned, at `position` if that line is still
+        there, and none is missing between them.  Without any, it is `end`.  Raise
+        `NotReadable`.
+        """
+        return end, []
+
+    def last(self, count: int) -> list[Recalled]:
+        """Return the last `count` lines, the newest last; raise `NotReadable`."""
         with self._lock:
-            lines, times = self._lines[:], self._times[:]
-        found: list[tuple[float, str]] = []
-        word = word.lower()
-        for when, line in zip(reversed(times), reversed(lines), strict=True):
-            text = line.decode(self.fmt)
-            # As in a file: in the name or in what was said, and not across both.
-            if word in text.lower() and any(
-                word in part.lower() for part in protocol.parts(text)[1:]
-            ):
-                found.append((when, text))
-                if len(found) == count:
-                    break
+            lines, times = self._lines[-count:], self._times[-count:]
+        return [Recalled(*row) for row in zip(times, self._decoded(lines), strict=True)]
+
+    def search(self, word: str, count: int) -> list[Recalled]:
+        """Return the last `count` lines that have `word` in them, in any case, the newest last.
+
+        It counts in a name or in what was said, not across both.  One search runs at a
+        time, and only searches wait for it; after `SEARCH_LIMIT` seconds, the wait
+        included, raise `TookTooLong`.  Raise `NotReadable` when the history ends.
+        """
+        deadline = time.monotonic() + SEARCH_LIMIT
+        if not self._searching.acquire(timeout=SEARCH_LIMIT):
+            raise TookTooLong([], None)
+        try:
+            return self._search_until(deadline, word.lower(), count)
+        finally:
+            self._searching.release()
+
+    def _search_until(self, deadline: float, word: str, count: int) -> list[Recalled]:
+        """Look for a lower-case word, page by page, from the newest line back."""
+        found: list[Recalled] = []
+        end, since = self.end, None  # so far back it has looked
+        while end > self.oldest and len(found) < count:
+            # Meanwhile whoever else wants the interpreter has it.
+            if self._ending.wait(SEARCH_REST):
+                raise NotReadable("the history ends")
+            if since is not None and time.monotonic() >= deadline:
+                raise TookTooLong(found[::-1], since)
+            page = self._search_before(end, word)
+            found += page.found[: count - len(found)]
+            end, since = page.start, page.since
         return found[::-1]
+
+    def _search_before(self, end: int, word: str) -> SearchedPage:
+        """Look for a lower-case word in the lines of one chunk before `end`, all at once."""
+        with self._lock:
+            start = max(self.first, (end - 1) // CHUNK * CHUNK)
+            lines = self._lines[start - self.first : max(0, end - self.first)]
+            times = self._times[start - self.first : max(0, end - self.first)]
+        since = times[0] if times else 0.0
+        if word not in _block(lines).decode(self.fmt).lower():
+            return SearchedPage(start, since, [])
+        rows = zip(reversed(times), self._decoded(reversed(lines)), strict=True)
+        return SearchedPage(start, since, [Recalled(*row) for row in rows if _has(row[1], word)])
+
+    def _decoded(self, lines: Iterable[bytes]) -> Iterator[str]:
+        return (line.decode(self.fmt) for line in lines)
 
     def bans(self) -> list[Ban]:
         """Return the bans that were kept."""
         return []
 
+    def give_up(self) -> None:
+        """Have nothing wait here any more: end all searches, and an `append` that waits.
+
+        For any thread, at any time.
+        """
+        self._ending.set()
+
     def close(self) -> None:
-        """End the history; nothing is appended any more."""
-        return
+        """End the history, within about a second; nothing is appended any more."""
+        self.give_up()
+
+
+def _has(line: str, word: str) -> bool:
+    """Tell whether a lower-case word is in the name or in the text of a line."""
+    return word in line.lower() and any(word in part.lower() for part in protocol.parts(line)[1:])
 
 
 class FileHistory(History):
     """A history that is in a file before anybody sees it, and goes on there after a restart.
 
-    One connection writes, in the broadcaster's thread alone, one reads for who is
-    behind, in the fetcher's, and one for questions; none holds up another.  Raise
+    The broadcaster's thread writes; who is behind, who asks for the last lines and who
+    searches each have a connection of their own, so none holds up another.  Raise
     `HistoryError` when the file cannot be used.
     """
 
     durable = True
-    APPLICATION = 0x43686174  # "Chat", in the file's header
-    VERSION = 1
-    SCHEMA = """
-        CREATE TABLE lines (
-            position INTEGER PRIMARY KEY,
-            time REAL NOT NULL,
-            kind TEXT NOT NULL,
-            name TEXT NOT NULL,
-            text TEXT NOT NULL
-        );
-        CREATE TABLE bans (
-            name TEXT NOT NULL, address TEXT NOT NULL, by TEXT NOT NULL,
-            until REAL NOT NULL, reason TEXT NOT NULL
-        );
-        CREATE TABLE room (format TEXT NOT NULL);
-    """
 
     def __init__(self, path: str, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
         super().__init__(fmt, retained)
-        self.path = path
-        self._held = _hold(path)  # until the end, so that no other server uses the file
-        try:
-            self._open()
-        except sqlite3.Error as error:
-            os.close(self._held)
-            raise HistoryError(f"cannot use {path}: {error}; choose another --history") from None
-        except HistoryError:
-            os.close(self._held)
-            raise
+        self._place = Place(path)
+        with contextlib.ExitStack() as opened:  # closed again should something fail
+            opened.callback(self._place.leave)
+            try:
+                self._open(opened)
+                self.bans()
+            except (sqlite3.Error, OSError, NotReadable) as error:
+                remedy = "choose another --history"
+                raise HistoryError(f"cannot use {self._place.path}: {error}; {remedy}") from None
+            opened.pop_all()
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        """Look at the file, then open it once for each kind of work."""
+        first, last = _check_file(self._place, self.fmt)
+        self._writer = Writer(
+            self._place, self.fmt, self._ending, lambda waiting: self.on_waiting(waiting)
+        )
+        opened.callback(self._writer.close, 0.0)
+        self._pager, self._questions, self._searches = readers = [
+            Access(_read_only(self._place.path)) for _ in range(3)
+        ]
+        for reader in readers:
+            opened.callback(reader.close, 0.0)
+        self._place.settle()
+        if last is not None:
+            self.first = last + 1
+        self._oldest = self.first if first is None else first
 
     @property
     def oldest(self) -> int:
         """The first position in the file."""
         return self._oldest
 
-    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Commit lines to the file, then give them their positions."""
-        if not lines and bans is None:
-            return
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            self._insert(lines)
-            if bans is not None:
-                self._writer.execute("DELETE FROM bans")
-                self._writer.executemany(
-                    "INSERT INTO bans VALUES (?, ?, ?, ?, ?)",
-                    [(ban.name, ban.address, ban.by, ban.until, ban.reason) for ban in bans],
-                )
-            self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                self._writer.rollback()
-            raise NotStored(str(error)) from error
-        super().append(lines)
+        if lines or bans is not None:
+            self._writer.store(self.end, lines, bans)
+            super().append(lines)
 
-    def fetch(self, position: int, end: int) -> list[bytes]:
-        """Return at most `PAGE` lines from `position` up to `end` from the file."""
-        rows = self._pager.execute(
-            "SELECT kind, name, text FROM lines WHERE position >= ? AND position < ?"
-            " ORDER BY position LIMIT ?",
+    def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
+        """Return at most `PAGE` lines from the file, up to one that is missing there."""
+        rows = self._pager.rows(
+            "SELECT position, time, kind, name, text FROM lines"
+            " WHERE position >= ? AND position < ? ORDER BY position LIMIT ?",
             (position, end, PAGE),
-        ).fetchall()
-        return [_line(*row).encode(self.fmt) for row in rows]
+        )
+        kept = {place: line.line.encode(self.fmt) for place, line in self._sound(rows)}
+        if not kept:
+            return (rows[-1][0] + 1 if rows else end), []
+        start = min(kept)
+        whole = itertools.takewhile(kept.__contains__, itertools.count(start))
+        return start, [kept[place] for place in whole]
 
-    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
-        """Return the last `count` lines that have `word` in them, of all that was ever said."""
-        pattern = "%" + re.sub(r"([%_\\])", r"\\\1", word.lower()) + "%"
-        said = "text" if word.isascii() else "lower_all(text)"  # LIKE knows ASCII's cases alone
-        with self._reading:
-            rows = self._reader.execute(
-                "SELECT time, kind, name, text FROM lines WHERE :word = '%%'"
-                rf" OR {said} LIKE :word ESCAPE '\' OR name LIKE :word ESCAPE '\'"
-                " ORDER BY position DESC LIMIT :count",
-                {"word": pattern, "count": count},
-            ).fetchall()
-        return [(when, _line(*row)) for when, *row in reversed(rows)]
+    def last(self, count: int) -> list[Recalled]:
+        """Return the last `count` lines of all that was ever said."""
+        rows = self._questions.rows(
+            "SELECT position, time, kind, name, text FROM lines ORDER BY position DESC LIMIT ?",
+            (count,),
+        )
+        return [line for _, line in self._sound(reversed(rows))]
+
+    def _search_before(self, end: int, word: str) -> SearchedPage:
+        """Look for a lower-case word in one page of the file before `end`, all at once.
+
+        A LIKE of SQLite takes minutes for some words, and any statement over the whole
+        file keeps its log from being taken over.
+        """
+        [[start, since, block]] = self._searches.rows(
+            "SELECT min(position), min(time), group_concat(name || char(10) || text, char(10))"
+            " FROM (SELECT position, time, name, text FROM lines"
+            " WHERE position < ? ORDER BY position DESC LIMIT ?)",
+            (end, SEARCH_PAGE),
+        )
+        if start is None:
+            return SearchedPage(self.oldest, 0.0, [])
+        if word not in block.lower():
+            return SearchedPage(start, since, [])
+        rows = self._searches.rows(
+            "SELECT position, time, kind, name, text FROM lines"
+            " WHERE position >= ? AND position < ? ORDER BY position DESC",
+            (start, end),
+        )
+        rows = [row for row in rows if word in f"{row[3]}\n{row[4]}".lower()]
+        return SearchedPage(start, since, [line for _, line in self._sound(rows)])
+
+    def _sound(self, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Recalled]]:
+        """Give the positions and the lines of those rows that a server wrote: not the damaged."""
+        for position, when, kind, name, text in rows:
+            with contextlib.suppress(ValueError, TypeError):
+                line = str(Line(Kind(kind), name, text))
+                line.encode(self.fmt)
+                if 0 <= when < MAX_TIME and not CONTROL.search(line):
+                    yield position, Recalled(when, line)
 
     def bans(self) -> list[Ban]:
         """Return the bans that the file has."""
-        with self._reading:
-            return [Ban(*row) for row in self._reader.execute("SELECT * FROM bans")]
+        rows = self._questions.rows("SELECT name, address, by, until, reason FROM bans")
+        return [Ban(*row) for row in rows]
 
     def close(self) -> None:
-        """Close the file and let another server have it."""
-        for connection in (self._pager, self._reader, self._writer):
-            connection.close()
-        os.close(self._held)
+        """Close the file, whole in itself, and let another server have it."""
+        super().close()
+        deadline = time.monotonic() + CLOSE_LIMIT
+        # Readers first: the last to close removes the log, and a reader cannot.  SQLite sees
+        # itself whether the file was moved, and then leaves alone what has the log's name.
+        for access in (self._pager, self._questions, self._searches, self._writer):
+            access.close(deadline)
+        self._place.leave()
 
-    def _open(self) -> None:
-        uri = pathlib.Path(self.path).absolute().as_uri()
-        is_new = os.fstat(self._held).st_size == 0
-        if not is_new:
-            # Looked at without a right to write: what is not ours stays as it is.
-            with contextlib.closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as database:
-                is_new = self._is_empty(database)
-                if not is_new:
-                    self._check(database)
-        self._writer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        self._writer.execute("PRAGMA journal_mode=WAL")
-        self._writer.execute("PRAGMA synchronous=FULL")
-        if is_new:
-            self._create()
-        self._writer.execute("UPDATE room SET format = ?", (self.fmt,))
-        self._reader = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
-        self._reader.create_function("lower_all", 1, str.lower, deterministic=True)
-        self._reading = threading.Lock()  # guards the reader: one question at a time
-        self._pager = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
-        first, last = self._reader.execute(
-            "SELECT min(position), max(position) FROM lines"
-        ).fetchone()
-        self.first = self.first if last is None else last + 1
-        self._oldest = self.first if first is None else first
 
-    def _is_empty(self, database: sqlite3.Connection) -> bool:
-        """Tell whether a server ended here before it had made a history."""
-        os.lseek(self._held, 0, os.SEEK_SET)
-        if os.read(self._held, 16) != b"SQLite format 3\0":
-            return False
-        with contextlib.suppress(sqlite3.DatabaseError):
-            tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            return not tables and not database.execute("PRAGMA application_id").fetchone()[0]
-        return False
+class Place:
+    """The history's file and the log beside it: ours alone, and still where they were.
 
-    def _check(self, database: sqlite3.Connection) -> None:
-        """Raise `HistoryError` unless a file is whole and this version can go on with it."""
+    SQLite writes on into a file that was moved or removed, and nobody will find there
+    what was said; a lock alone stays with the file, so it would let a second server
+    begin on a copy.  Made and left by who owns the history; the broadcaster looks.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        real = os.path.realpath(path)  # where SQLite puts what belongs to the file
+        self._log, self._index = f"{real}-wal", f"{real}-shm"
+        self._held = [_hold(self.path)]
+        self._files: dict[str, tuple[int, int]] = {}  # device and inode of each by its name
         try:
-            application, version = (
-                database.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("application_id", "user_version")
-            )
-            faults = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-        except sqlite3.DatabaseError as error:
-            faults = str(error)
-            application = version = 0
-        if faults != "ok":
-            raise HistoryError(f"{self.path} is damaged or no history: {faults.splitlines()[0]}")
-        if application != self.APPLICATION:
-            raise HistoryError(f"{self.path} is the file of another program; choose another")
-        if version > self.VERSION:
-            raise HistoryError(f"{self.path} was written by a newer version; use that one")
-        fmt = database.execute("SELECT format FROM room").fetchone()[0]
-        if fmt != self.fmt and self.fmt == protocol.FORMAT:
-            raise HistoryError(f"{self.path} is in {fmt}; start with --format {fmt}")
+            if os.path.exists(self._log):  # a server runs, if on another file, or was killed
+                os.close(_hold(self._log))
+        except BaseException:
+            self.leave()
+            raise
 
-    def _create(self) -> None:
-        self._writer.executescript(
-            f"BEGIN; PRAGMA application_id={self.APPLICATION};"
-            f" PRAGMA user_version={self.VERSION}; {self.SCHEMA}"
-            f" INSERT INTO room VALUES ('{self.fmt}'); COMMIT;"
-        )
+    def head(self) -> bytes:
+        """Return the first bytes of the file, by which it is known."""
+        os.lseek(self._held[0], 0, os.SEEK_SET)
+        return os.read(self._held[0], len(MAGIC))
 
-    def _insert(self, lines: list[bytes]) -> None:
-        """Insert lines many at a time: each statement releases the interpreter's lock once."""
-        now = time.time()
-        for first in range(0, len(lines), ROWS):
-            some = lines[first : first + ROWS]
-            values: list[int | float | str] = []
-            for position, line in enumerate(some, self.end + first):
-                values += (position, now, *protocol.parts(line.decode(self.fmt)))
-            rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
-            self._writer.execute(f"INSERT INTO lines VALUES {rows}", values)
+    def settle(self) -> None:
+        """Hold the log too, now that SQLite has made it, and remember which files they are."""
+        self._held.append(_hold(self._log))
+        for path, held in zip((self.path, self._log), self._held, strict=True):
+            self._files[path] = _identity(os.fstat(held))
+        self._files[self._index] = _identity(os.stat(self._index))
+        try:
+            self.check()
+        except NotStored as error:
+            raise HistoryError(str(error)) from None
 
+    def check(self) -> None:
+        """Raise `NotStored` when one of the files is not in its place."""
+        for path, identity in self._files.items():
+            try:
+                found = _identity(os.stat(path))
+            except FileNotFoundError:
+                raise NotStored(f"{path} was moved or removed; put it back") from None
+            except OSError as error:
+                raise NotStored(f"{path} is out of reach: {error.strerror}") from None
+            if found != identity:
+                raise NotStored(f"{path} was replaced by another; put it back")
 
-def _line(kind: str, name: str, text: str) -> str:
-    return str(Line(Kind(kind), name, text))
+    def leave(self) -> None:
+        """Let another server have the file; the last that happens to it.
+
+        Closing a descriptor of a file lets go of SQLite's own locks on it.
+        """
+        for held in self._held:
+            os.close(held)
 
 
 def _hold(path: str) -> int:
@@ -2660,6 +2798,240 @@ def _hold(path: str) -> int:
             os.close(held)
             raise HistoryError(f"{path} is in use by another server") from None
     return held
+
+
+def _identity(file: os.stat_result) -> tuple[int, int]:
+    return file.st_dev, file.st_ino
+
+
+class Access:
+    """A connection to the file, for one thread at a time.
+
+    Closing one while a thread is inside crashes the interpreter, so `close` interrupts
+    who is inside and waits; it rather leaves a connection open.
+    """
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self._lock = threading.Lock()  # held by who is inside
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection to one thread; a closed one raises `sqlite3.Error`."""
+        with self._lock:
+            yield self._database
+
+    def rows(self, statement: str, values: Sequence[int] = ()) -> list[tuple[Any, ...]]:
+        """Return all rows that a statement gives; raise `NotReadable`."""
+        try:
+            with self.inside() as database:
+                return database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise NotReadable(str(error)) from error
+
+    def close(self, deadline: float, last: str = "") -> None:
+        """End what runs, execute a last statement and close; nobody gets inside any more."""
+        while not self._lock.acquire(timeout=LOCK_STEP):
+            self._database.interrupt()
+            if time.monotonic() >= deadline:
+                log.error("the history's disk does not answer; its file is left open")
+                return
+        try:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute(last)
+            self._database.close()
+        finally:
+            self._lock.release()
+
+
+class Writer:
+    """Puts the room's lines into the file; the broadcaster's thread alone stores."""
+
+    def __init__(
+        self, place: Place, fmt: str, ending: threading.Event, on_waiting: Callable[[bool], None]
+    ) -> None:
+        database = sqlite3.connect(
+            place.path, timeout=1, isolation_level=None, check_same_thread=False
+        )
+        try:
+            _prepare(database, fmt)
+        except BaseException:
+            database.close()
+            raise
+        self._access = Access(database)
+        self._place = place
+        self._fmt = fmt
+        self._ending = ending  # no wait for other programs any more
+        self._on_waiting = on_waiting
+
+    def store(self, position: int, lines: list[bytes], bans: Sequence[Ban] | None) -> None:
+        """Commit lines from `position` on, and a changed list of bans; raise `NotStored`."""
+        self._place.check()
+        try:
+            with self._access.inside() as database:
+                try:
+                    self._begin(database)
+                    self._insert(database, position, lines)
+                    if bans is not None:
+                        database.execute("DELETE FROM bans")
+                        database.executemany("INSERT INTO bans VALUES (?, ?, ?, ?, ?)", bans)
+                    database.execute("COMMIT")
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):
+                        database.rollback()
+                    raise
+                self._confirm(database, position)
+        except sqlite3.Error as error:
+            raise NotStored(str(error)) from error
+
+    def _begin(self, database: sqlite3.Connection) -> None:
+        """Begin to write, however long another program keeps the file locked.
+
+        SQLite's own wait could neither be told of nor ended.
+        """
+        since, told = time.monotonic(), False
+        try:
+            while not _begins(database):
+                if self._ending.wait(LOCK_STEP):
+                    raise NotStored("another program keeps the file locked")
+                self._place.check()
+                if not told and time.monotonic() - since >= TELL_WAITING:
+                    told = True
+                    self._on_waiting(True)
+        finally:
+            if told:
+                self._on_waiting(False)
+
+    def _insert(self, database: sqlite3.Connection, position: int, lines: list[bytes]) -> None:
+        """Insert lines many at a time: each statement releases the interpreter's lock once."""
+        now = time.time()
+        for first in range(0, len(lines), ROWS):
+            some = lines[first : first + ROWS]
+            values: list[int | float | str] = []
+            for place, line in enumerate(some, position + first):
+                values += (place, now, *protocol.parts(line.decode(self._fmt)))
+            rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
+            database.execute(f"INSERT INTO lines VALUES {rows}", values)
+
+    def _confirm(self, database: sqlite3.Connection, position: int) -> None:
+        """See that the file was in its place until the commit, or take the lines out again.
+
+        Refused to their authors, they must not be there when the file is put back.
+        """
+        try:
+            self._place.check()
+        except NotStored:
+            with contextlib.suppress(sqlite3.Error):
+                database.execute("DELETE FROM lines WHERE position >= ?", (position,))
+            raise
+
+    def close(self, deadline: float) -> None:
+        """Take the log over into the file, also if another program has it open, and close."""
+        self._access.close(deadline, "PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _begins(database: sqlite3.Connection) -> bool:
+    """Begin to write, or tell that another program does."""
+    try:
+        database.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return False
+    return True
+
+
+# What stands in the file.
+
+MAGIC = b"SQLite format 3\0"
+APPLICATION = 0x43686174  # "Chat", in the file's header
+VERSION = 1
+MAX_TIME = 2**35  # seconds, some thousand years: what a clock may say and `gmtime` takes
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # stands in no line of a room
+SCHEMA = """
+    CREATE TABLE lines (
+        position INTEGER PRIMARY KEY,
+        time REAL NOT NULL,
+        kind TEXT NOT NULL,
+        name TEXT NOT NULL,
+        text TEXT NOT NULL
+    );
+    CREATE TABLE bans (
+        name TEXT NOT NULL, address TEXT NOT NULL, by TEXT NOT NULL,
+        until REAL NOT NULL, reason TEXT NOT NULL
+    );
+    CREATE TABLE room (format TEXT NOT NULL);
+"""
+
+
+def _read_only(path: str) -> sqlite3.Connection:
+    uri = pathlib.Path(path).as_uri()
+    return sqlite3.connect(f"{uri}?mode=ro", timeout=1, uri=True, check_same_thread=False)
+
+
+def _check_file(place: Place, fmt: str) -> tuple[int | None, int | None]:
+    """Return the first and the last position in a file, if it has any.
+
+    Raise `HistoryError` unless this version can go on with it.  It is looked at without
+    a right to write, so that what is not ours stays as it is, and at its ends alone, so
+    that a large file takes no longer than a small one.
+    """
+    head = place.head()
+    if not head:
+        return None, None
+    with contextlib.closing(_read_only(place.path)) as database:
+        try:
+            if head == MAGIC and _is_unfinished(database):
+                return None, None
+            _check_header(place.path, database, fmt)
+            for table in ("lines", "bans"):
+                database.execute(f"SELECT * FROM {table} ORDER BY rowid DESC LIMIT 100").fetchall()
+            # Both in one SELECT would look at every line.
+            ends = "SELECT (SELECT min(position) FROM lines), (SELECT max(position) FROM lines)"
+            first, last = database.execute(ends).fetchone()
+        except sqlite3.OperationalError:
+            raise  # locked, or out of reach
+        except sqlite3.DatabaseError as error:
+            raise HistoryError(f"{place.path} is damaged or no history: {error}") from None
+    return first, last
+
+
+def _is_unfinished(database: sqlite3.Connection) -> bool:
+    """Tell whether a server ended here before it had made a history."""
+    tables, application = database.execute(
+        "SELECT (SELECT count(*) FROM sqlite_master), application_id FROM pragma_application_id"
+    ).fetchone()
+    return not tables and not application
+
+
+def _check_header(path: str, database: sqlite3.Connection, fmt: str) -> None:
+    application, version = database.execute(
+        "SELECT application_id, user_version FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    if application != APPLICATION:
+        raise HistoryError(f"{path} is the file of another program; choose another")
+    if version > VERSION:
+        raise HistoryError(f"{path} was written by a newer version; use that one")
+    formats = [row[0] for row in database.execute("SELECT format FROM room")]
+    if len(formats) != 1 or formats[0] not in protocol.FORMATS:
+        raise HistoryError(f"{path} is damaged: it does not tell its format")
+    if formats[0] != fmt and fmt == protocol.FORMAT:
+        raise HistoryError(f"{path} is in {formats[0]}; start with --format {formats[0]}")
+
+
+def _prepare(database: sqlite3.Connection, fmt: str) -> None:
+    """Make a file that was checked ready to be written to."""
+    if database.execute("PRAGMA journal_mode=WAL").fetchone() != ("wal",):
+        raise sqlite3.OperationalError("its disk cannot keep a log beside it")
+    database.execute("PRAGMA synchronous=FULL")
+    if not database.execute("PRAGMA application_id").fetchone()[0]:
+        database.executescript(
+            f"BEGIN; PRAGMA application_id={APPLICATION}; PRAGMA user_version={VERSION};"
+            f" {SCHEMA} INSERT INTO room VALUES ('{fmt}'); COMMIT;"
+        )
+    if database.execute("SELECT format FROM room").fetchone() != (fmt,):
+        database.execute("UPDATE room SET format = ?", (fmt,))
+    database.execute("PRAGMA busy_timeout=0")  # the waiting is ours from here on
 
 
 # --- The command line --------------------------------------------------------
@@ -2922,7 +3294,7 @@ class Console:
         places: list[logging.Handler] = [logging.StreamHandler()]
         if file is not None:
             places.append(LogFile(file, encoding="utf-8", errors="backslashreplace"))
-        self._writers = [Writer(place) for place in places]
+        self._writers = [LogWriter(place) for place in places]
         logging.basicConfig(
             format="%(asctime)s %(levelname)s %(message)s",
             level=logging.DEBUG if verbose else logging.INFO,
@@ -2947,7 +3319,7 @@ class Console:
         return any(writer.is_alive() for writer in self._writers)
 
 
-class Writer(threading.Thread):
+class LogWriter(threading.Thread):
     """Writes the log to one place."""
 
     def __init__(self, place: logging.Handler) -> None:

@@ -344,8 +344,8 @@ def test_positions_outside_of_the_history_are_set_right(room: ChatServer) -> Non
     bob.expect_eventually("* bob joined the chat")
     carol.introduce("carol 999999999999999999")
     carol.expect_match("-> Welcome, carol! .*")
-    # A position that has not come yet is of another history: all of this one is new.
-    carol.expect(f"-> at {first}", "* alice joined the chat")
+    carol.expect(f"-> at {first}", "* alice joined the chat", "alice: line 0")
+    carol.expect_eventually("* carol joined the chat")
 
 
 def test_counting_room_lines_is_knowing_the_position(room: ChatServer) -> None:
