@@ -380,7 +380,7 @@ def readable(line: bytes, prefix: bytes, fmt: str = FORMAT) -> bytes:
 def is_slip(text: str) -> bool:
     """Tell whether a command stands behind blanks, where it would be said to everyone."""
     verb = (command(text.lstrip()) or ("", ""))[0]
-    return text[:1].isspace() and verb in COMMANDS
+    return text[:1].isspace() and (verb in COMMANDS or verb in ALIASES)
 
 
 def is_command(line: bytes) -> bool:
@@ -945,6 +945,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
+        # Telnet's Ctrl-C sends a byte as urgent, which would be missing where it stood.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         keep_alive(sock)
         self._sock = sock
         # Guards the descriptor: no other thread can be inside a call on it while

@@ -102,7 +102,7 @@ HELD = 15.0  # seconds that a place is kept for its key: longer than a change of
 MAIL_KEPT = 600.0  # seconds that private lines outlive the stay of who has not confirmed them
 MAIL_LINES = 1000  # private lines kept for a key
 MAIL_BYTES = 256 * 1024
-MAX_GONE = 1000  # people who left, of whom the address is known should they be banned
+MAX_GONE = 1000  # names that were left, for which an address is known should they be banned
 # In the broadcaster.
 SLICE = 100  # clients served, in a millisecond or so, before a round takes in what came meanwhile
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
@@ -110,6 +110,7 @@ REST = 0.25  # of a round's length is rested after it, ROUND at most, so that ot
 MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
 OUTBOX_LINES = 1000  # lines for one client alone that may wait
 OUTBOX_BYTES = 256 * 1024
+LONGEST_WAIT = 3600.0  # seconds; a selector takes no months, and a clock may be set back by years
 PARTING = 10.0  # seconds without progress until what is left for somebody who leaves is given up
 LOOK = 10.0  # seconds between two looks for peers that are dead
 STOP_WAIT = 1.0  # seconds at shutdown for a file that another program keeps locked
@@ -140,6 +141,10 @@ class Gone(Exception):
 
 class Denied(Refusal):
     """What is refused is not a line, and the answer says no more than why."""
+
+
+class Unforeseen(Refusal):
+    """There was a fault in applying an entry; who waits for it is told by nobody else."""
 
 
 class Farewell(Exception):
@@ -832,10 +837,14 @@ class Client:
 
     def rename(self, name: str) -> None:
         """Take another name, and go on when it is decided: what follows is said under it."""
-        with contextlib.suppress(Refusal):  # it was answered where it was refused
-            old = self.name
+        old = self.name
+        try:
             self._be_called(self._ask(Renamed(self.session, name)))
-            log.info("%s was %s", self, old)
+        except Unforeseen:
+            raise
+        except Refusal:
+            return  # it was answered where it was refused
+        log.info("%s was %s", self, old)
 
     def promote(self) -> None:
         """Become an operator, and go on when it is so: what follows may rely on it."""
@@ -1065,21 +1074,24 @@ class Mail(NamedTuple):
     lines: tuple[tuple[int, bytes], ...] = ()  # by position
     size: int = 0  # of them, in bytes
     kept_until: float = math.inf  # its owner has left
+    offered: int = 0  # of all that there ever were, those sent to a connection
 
-    def plus(self, position: int, line: bytes) -> Mail:
+    def plus(self, position: int, line: bytes, *, is_offered: bool) -> Mail:
         """Return it with one line more, and without the oldest where that is too much."""
         lines, size = (*self.lines, (position, line)), self.size + len(line)
         while len(lines) > MAIL_LINES or size > MAIL_BYTES:
             size -= len(lines[0][1])
             lines = lines[1:]
-        return Mail(self.total + 1, lines, size)
+        total = self.total + 1
+        return Mail(total, lines, size, offered=total if is_offered else self.offered)
 
     def without(self, had: int) -> Mail:
-        """Return it without the lines that its owner has had, of all that there ever were."""
+        """Return it for who comes back and has had so many of all that there ever were."""
         if had > self.total:  # they were counted before this room knew the key
-            return Mail(had)
+            return Mail(had, offered=had)
         lines = self.lines[max(0, len(self.lines) - (self.total - had)) :]
-        return Mail(self.total, lines, sum(len(line) for _, line in lines))
+        size = sum(len(line) for _, line in lines)
+        return Mail(self.total, lines, size, offered=self.total)
 
 
 class Ban(NamedTuple):
@@ -1126,7 +1138,6 @@ class Room:
         self.durable = durable  # what is stored outlives the server
         self.end = end  # the position of the next line
         self.time = 0.0  # the latest that an entry has brought
-        self.deadline = math.inf  # when something that is kept is not kept any more
         self.bans = tuple(bans)
         self.stays: dict[int, Stay] = {}  # by number, as they joined
         self.names: dict[str, int] = {}  # which stay has a name, folded
@@ -1134,7 +1145,8 @@ class Room:
         self.keys: dict[str, int] = {}
         self.sessions: dict[int, int] = {}
         self.mail: dict[str, Mail] = {}  # by key
-        self.departed: dict[str, str] = {}  # addresses of who left last, by folded name
+        self.departed: dict[str, str] = {}  # addresses of who had a name last, by folded name
+        self._set_deadline()
         # Of a draft alone: what the round makes, and whether its lines can be stored.
         self.lines: list[bytes] = []
         self.effects: list[Effect] = []
@@ -1159,9 +1171,7 @@ class Room:
         when the session does not count any more; the room is as it was then.
         """
         if self.is_shared and type(entry) not in self._CHANGES_NOTHING:
-            for name in self._SHARED:
-                setattr(self, name, getattr(self, name).copy())
-            self.is_shared = False
+            self._unshare()
         try:
             return self._VERBS[type(entry)](self, entry)
         except Denied as denied:
@@ -1170,6 +1180,35 @@ class Room:
         except Refusal as refusal:
             self._answer(entry.session, protocol.not_sent(refusal))
             raise
+
+    def do_without(self, entry: Any, before: Room, *, is_awaited: bool) -> None:
+        """Go on after a fault in an entry, `before` the round: who leaves is gone, others are told.
+
+        Who waits for what becomes of it is told by the thread that waits.
+        """
+        if isinstance(entry, (Left, Lost)):
+            self.effects.append(End(entry.session, self.end, Ending.LEFT))
+            if stay := self.by_session(entry.session) or before.by_session(entry.session):
+                self._strike(stay)
+        elif not is_awaited and not isinstance(entry, (Claim, Passed)):
+            for _ in entry.lines if isinstance(entry, Said) else [entry]:
+                self._answer(entry.session, protocol.not_sent(protocol.UNFORESEEN))
+
+    def _strike(self, stay: Stay) -> None:
+        """End a stay, wherever it may still stand after a fault."""
+        self._unshare()
+        self.stays.pop(stay.number, None)
+        for index in (self.names, self.looks, self.keys, self.sessions):
+            for key in [key for key, number in index.items() if number == stay.number]:
+                del index[key]  # type: ignore[arg-type]
+        self._announce(protocol.left(stay.name))
+
+    def _unshare(self) -> None:
+        """Have what entries change for the draft alone."""
+        if self.is_shared:
+            for name in self._SHARED:
+                setattr(self, name, getattr(self, name).copy())
+            self.is_shared = False
 
     # What others read.
 
@@ -1237,10 +1276,13 @@ class Room:
 
     def _begin(self, claim: Claim, stay: Stay, greeting: list[str]) -> None:
         """Have a session follow the room, from where it asked for."""
-        had, missed, mail = claim.asked.whispers, 0, Mail()
-        if had is not None:
-            mail = self.mail[stay.key] = self.mail.get(stay.key, mail).without(had)
-            missed = mail.total - had - len(mail.lines)
+        mail, had = self.mail.get(stay.key, Mail()), claim.asked.whispers
+        if had is None:  # it does not count: what came while it was away is new to it
+            had = mail.offered
+        mail = mail.without(had)
+        if mail.total:
+            self.mail[stay.key] = mail  # while it is here, without an end
+        missed = mail.total - had - len(mail.lines)
         begin = Begin(claim.session, self.end, claim.asked, greeting, missed, mail.lines)
         self.effects.append(begin)
 
@@ -1276,13 +1318,19 @@ class Room:
         del self.looks[protocol.look(stay.name)]
         self.keys.pop(stay.key, None)
         self.sessions.pop(stay.session or 0, None)
-        self.departed[protocol.fold(stay.name)] = stay.address
-        if len(self.departed) > MAX_GONE:
-            del self.departed[next(iter(self.departed))]
+        self._remember(stay)
         if mail := self.mail.get(stay.key):
             self.mail[stay.key] = mail._replace(kept_until=self.time + MAIL_KEPT)
             self._set_deadline()
         self._announce(line)
+
+    def _remember(self, stay: Stay) -> None:
+        """Know from where somebody was who has the name no more, should it be banned."""
+        name = protocol.fold(stay.name)
+        self.departed.pop(name, None)  # so that the oldest stands first
+        self.departed[name] = stay.address
+        if len(self.departed) > MAX_GONE:
+            del self.departed[next(iter(self.departed))]
 
     # Time.
 
@@ -1301,8 +1349,10 @@ class Room:
         self._set_deadline()
 
     def _set_deadline(self) -> None:
+        """Set when something ends of itself: a place or mail that is kept, or a ban."""
         kept: list[Stay | Mail] = [*self.stays.values(), *self.mail.values()]
-        self.deadline = min((one.kept_until for one in kept), default=math.inf)
+        ends = [ban.until for ban in self.bans if ban.until > self.time]
+        self.deadline = min([one.kept_until for one in kept] + ends, default=math.inf)
 
     # Talking.
 
@@ -1327,7 +1377,8 @@ class Room:
             self.effects.append(ToOne(other.session, position, data))
         if other.key:
             mail = self.mail.get(other.key, Mail())
-            self.mail[other.key] = mail.plus(position, data)
+            is_offered = other.session is not None
+            self.mail[other.key] = mail.plus(position, data, is_offered=is_offered)
         self.stays[other.number] = other._replace(correspondent=stay.number)
 
     def _renamed(self, renamed: Renamed) -> str:
@@ -1339,6 +1390,7 @@ class Room:
             raise Refusal(protocol.NOT_STORED)
         del self.names[protocol.fold(stay.name)], self.looks[protocol.look(stay.name)]
         self._enter(stay._replace(name=name))
+        self._remember(stay)
         self._answer(stay.session, protocol.now_named(name))
         self._announce(protocol.renamed(stay.name, name))
         return name
@@ -1375,6 +1427,7 @@ class Room:
             raise Refusal(protocol.OWN_BAN)
         kept = (old for old in self.bans if not old.is_over(self.time) and not old.is_of(ban.name))
         self.bans = (*kept, ban)
+        self._set_deadline()
         why = protocol.because_banned(ban.until, ban.reason)
         for stay in [*self.stays.values()]:
             if stay.number != by.number and ban.concerns(stay.name, stay.address, self.time):
@@ -1387,14 +1440,17 @@ class Room:
 
     def _ban(self, banned: Banned, by: Stay) -> Ban:
         """Return a ban with the address that it holds for: theirs now, as it was, or last."""
-        target = self.by_name(banned.name)
-        known = [target.address] if target else []
-        known += [old.address for old in self.bans if old.is_of(banned.name)]
-        known.append(self.departed.get(protocol.fold(banned.name), ""))
+        # Told by the clock of where it was given, and to hold by the room's.
+        until = banned.until and banned.until + (self.time - banned.time)
+        ban = Ban(banned.name, "", by.name, until, banned.reason)
+        present = self.stays.values()
+        known = [stay.address for stay in present if ban.concerns(stay.name, "", self.time)]
+        known += [old.address for old in self.bans if old.is_of(ban.name)]
+        known.append(self.departed.get(protocol.fold(ban.name), ""))
         address = next(filter(None, known), "")
         if address == by.address or (address and _is_loopback(address)):
             address = ""
-        return Ban(banned.name, address, by.name, banned.until, banned.reason)
+        return ban._replace(address=address)
 
     def _unbanned(self, unbanned: Unbanned) -> None:
         by = self._operator(unbanned)
@@ -1467,7 +1523,7 @@ class Outcome:
     __slots__ = ("_settled", "value")
 
     def __init__(self) -> None:
-        self.value: Any = Refusal(protocol.UNFORESEEN)  # should applying it fail
+        self.value: Any = Unforeseen(protocol.UNFORESEEN)  # should the round fail
         self._settled = threading.Event()
 
     def settle(self) -> None:
@@ -1789,8 +1845,10 @@ class Broadcaster:
     def _run(self) -> None:
         """Go round until the room ends; nothing that fails in a round ends it."""
         next_round = 0.0
-        while not self._is_over():
+        while True:
             try:
+                if self._is_over():
+                    break
                 writable = self._wait()
                 # Lines that come during the pause share the round's one send per client.
                 if (pause := next_round - time.monotonic()) > 0:
@@ -1807,6 +1865,10 @@ class Broadcaster:
                     time.sleep(ROUND)
         for output in self._following:
             output.release()
+        for handed in self.log.take():  # no round will come to it
+            if handed.outcome is not None:
+                handed.outcome.value = Gone()
+                handed.outcome.settle()
 
     def _wait(self) -> list[Output]:
         """Wait until something happened; return those whose sockets have room again."""
@@ -1818,7 +1880,7 @@ class Broadcaster:
             ends = [self._stop_at, self._look_at, now + self.room.deadline - time.time()]
             ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
-                timeout = max(0.0, first - now)
+                timeout = max(0.0, min(first - now, LONGEST_WAIT))
         return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
 
     def _is_over(self) -> bool:
@@ -1866,28 +1928,23 @@ class Broadcaster:
     def _apply_waiting(self) -> None:
         """Apply what was handed in, store its lines, and carry out what it means for each."""
         self._waker.clear()  # before taking, or what comes in between wakes nobody
+        if self._pager.pages:
+            self._take_pages()
         batch = self.log.take()
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
         self._claims = {handed.output.session: handed.output for handed in batch if handed.output}
         if self.room.deadline <= time.time():
             batch.append(Handed(Passed(time.time())))
-        if self._pager.pages:
-            self._take_pages()
         if batch:
             room = self._applied(batch)
             self.room = room  # from here on others read it
-            if room.effects:
-                self._carry_out_all(room.effects, batch)
+            for effect in room.effects:
+                self._carry_out(effect)
+            for handed in batch:
+                if handed.reserved:
+                    handed.reserved.remove(1, handed.size)
         if self._stop_at < math.inf and not self.log:
             self._say_goodbye()
-
-    def _carry_out_all(self, effects: list[Effect], batch: list[Handed]) -> None:
-        """Do for single clients what a round means for them."""
-        for effect in effects:
-            self._carry_out(effect)
-        for handed in batch:
-            if handed.reserved:
-                handed.reserved.remove(1, handed.size)
 
     def _applied(self, batch: list[Handed]) -> Room:
         """Return the room as a batch leaves it, stored as far as it can be."""
@@ -1916,7 +1973,8 @@ class Broadcaster:
                 value = refusal
             except Exception:
                 log.exception("a fault in %s; the room goes on", type(handed.entry).__name__)
-                value = Refusal(protocol.UNFORESEEN)
+                value = Unforeseen(protocol.UNFORESEEN)
+                room.do_without(handed.entry, self.room, is_awaited=handed.outcome is not None)
             if handed.outcome is not None:
                 handed.outcome.value = value
         return room
@@ -1929,22 +1987,27 @@ class Broadcaster:
             self._bans_kept = room.bans
 
     def _carry_out(self, effect: Effect) -> None:
-        """Do for one client what the room has decided."""
-        if isinstance(effect, Begin):
-            output: Output | None = self._claims[effect.session]
-            assert output is not None
-            self._begin(output, effect)
-        elif (output := self.outputs.get(effect.session)) is None:
+        """Do for one client what the room has decided; a fault in it ends that client alone."""
+        known = self._claims if isinstance(effect, Begin) else self.outputs
+        output = known.get(effect.session)
+        if output is None:
             return
-        elif isinstance(effect, ToOne):
-            output.enqueue(effect.position, effect.line)
-        else:
-            self._end(output, effect)
+        try:
+            if isinstance(effect, Begin):
+                self._begin(output, effect)
+            elif isinstance(effect, ToOne):
+                output.enqueue(effect.position, effect.line)
+            else:
+                self._end(output, effect)
+        except Exception as error:
+            self._fail(output, error)
         if not output.watched or output.until is not None:
             self._due.add(output)
 
     def _begin(self, output: Output, begin: Begin) -> None:
         """Have an output follow the room from where it was asked for."""
+        self.outputs[output.session] = output
+        self._following.append(output)
         asked, end = begin.asked, begin.position
         # `end` is not the history's any more if the round went on.
         if asked.position is None:
@@ -1961,8 +2024,6 @@ class Broadcaster:
             output.enqueue(start, _encoded(line, self.history.fmt))
         for position, data in begin.mail:
             output.enqueue(min(position, end), data)
-        self.outputs[output.session] = output
-        self._following.append(output)
         if self._look_at == math.inf:
             self._look_at = time.monotonic() + LOOK
 
