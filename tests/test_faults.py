@@ -564,16 +564,17 @@ def test_what_no_round_comes_to_has_an_outcome(
     """When the room stops in the middle of a long round, who waits for a name waits no more."""
     monkeypatch.setattr(server_module, "STOP_DELIVER", 0.0)
     alice = Peer(room.port).join("alice")
-    append, may_go_on = room.history.append, threading.Event()
+    append, begun, may_go_on = room.history.append, threading.Event(), threading.Event()
 
     def append_later(lines: list[bytes], bans: object = None) -> None:
+        begun.set()
         may_go_on.wait(30)
         append(lines)
 
     monkeypatch.setattr(room.history, "append", append_later)
     log = room.broadcaster.log
     alice.send("hello")
-    wait_until(lambda: log._lines_taken, "the round to begin")
+    wait_until(begun.is_set, "the round to begin")
     bob = Peer(room.port).introduce("bob")
     wait_until(lambda: len(log) == 1, "bob's claim")
     with stopping(room):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 from chat import Peer, pair, run_chat
+from terminal import Terminal
 
 import protocol
 from protocol import MAX_LINE, MAX_UNFRAMED
@@ -343,17 +343,17 @@ def test_the_real_telnet_goes_on_after_an_interrupt(room: ChatServer) -> None:
     if program is None:
         pytest.skip("telnet is not installed")
     bob = Peer(room.port).join("bob")
-    with subprocess.Popen(
-        [program, "127.0.0.1", str(room.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as telnet:
-        assert telnet.stdin
-        telnet.stdin.write(b"alice\nhello\n")
-        telnet.stdin.flush()
-        bob.expect("* alice joined the chat", "alice: hello")
-        telnet.stdin.write(b"\x1dsend ip\nsend synch\nagain\n")
-        telnet.stdin.flush()
-        bob.expect("alice: again")
-        telnet.kill()
+    with Terminal([program, "127.0.0.1", str(room.port)]) as telnet:
+        telnet.wait_for("NICK")
+        telnet.type("alice\r")
+        bob.expect("* alice joined the chat")
+        for text in "hello", "again":
+            telnet.type(f"{text}\r")
+            bob.expect(f"alice: {text}")
+            telnet.wait_for(f"alice: {text}")
+            telnet.type("\x03")
+        telnet.type("/quit\r")
+        bob.expect("* alice left the chat")
 
 
 # --- Who says what -----------------------------------------------------------
