@@ -55,6 +55,16 @@ def wait_until(happened: Callable[[], object], what: str = "it", seconds: float 
         time.sleep(0.005)
 
 
+class Clock:
+    """The module `time` but for some of its functions."""
+
+    def __init__(self, **functions: Callable[..., object]) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> object:
+        return self._functions.get(name) or getattr(time, name)
+
+
 # --- Peers -------------------------------------------------------------------
 
 

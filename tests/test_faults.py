@@ -13,6 +13,7 @@ import pytest
 from chat import (
     DEADLINE,
     SMALL,
+    Clock,
     Peer,
     close_peers,
     crowd,
@@ -724,16 +725,6 @@ def test_a_pause_that_fails_ends_nothing(
             for peer in peers:
                 peer.expect_match(rf"(alice|bob): {number}")
         wait_until(lambda: "a fault of the test" in caplog.text, "a pause to fail")
-
-
-class Clock:
-    """The module `time` but for some functions."""
-
-    def __init__(self, **functions: Callable[..., object]) -> None:
-        self._functions = functions
-
-    def __getattr__(self, name: str) -> object:
-        return self._functions.get(name) or getattr(time, name)
 
 
 def test_a_clock_that_fails_for_a_while_ends_nothing(

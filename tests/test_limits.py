@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from chat import (
     SMALL,
+    Clock,
     Peer,
     hand_in,
     pair,
@@ -350,8 +350,7 @@ def test_a_long_replay_is_sent_whole_to_who_has_ended_the_input(
 ) -> None:
     """However slowly it is read, while it is, what was asked for comes up to its last line."""
     passed = [0.0]
-    clock = SimpleNamespace(**vars(time))
-    clock.monotonic = lambda: time.monotonic() + passed[0]
+    clock = Clock(monotonic=lambda: time.monotonic() + passed[0])
     with a_room_with_a_past(tmp_path if durable else None) as (server, alice, said):
         monkeypatch.setattr(server_module, "time", clock)
         bob = Peer(server.port, buffer=SMALL).send("bob -15000").end_input()

@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -727,6 +728,25 @@ def test_ban_by_address(room: ChatServer, far_away: None) -> None:
     assert turned_away(room.port, "robert", "127.0.0.3").startswith("-> you are banned by alice")
     assert turned_away(room.port, "bob", "127.0.0.4").startswith("-> you are banned by alice")
     Peer(room.port, source="127.0.0.4").join("carol")
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no socket for IPv6 and IPv4 here")
+def test_ban_by_address_through_a_socket_for_ipv6(far_away: None) -> None:
+    """Who comes by IPv4 to a server on IPv6 is banned with the IPv4 address, and counted so."""
+    with run_chat(host="::", op_password=OPERATOR, max_per_address=2) as room:
+        alice = operator(room, source="127.0.0.2")
+        bob, carol = (Peer(room.port, source="127.0.0.3").join(name) for name in ("bob", "carol"))
+        third = Peer(room.port, source="127.0.0.3").introduce("third")
+        assert third.rest() == [protocol.ADDRESS_FULL]
+        alice.send("/ban bob 5")
+        alice.expect_eventually("* carol joined the chat")
+        for name in "bob", "carol":
+            alice.expect_match(rf"\* {name} was kicked by alice: banned until .*")
+        alice.expect_match(r"-> bob and 127\.0\.0\.3 may not come in until .*")
+        for peer in bob, carol:
+            peer.rest()
+        turned_away(room.port, "dave", "127.0.0.3")
+        Peer(room.port, source="127.0.0.4").join("dave")
 
 
 def test_ban_from_this_machine_is_by_name_alone(room: ChatServer) -> None:
