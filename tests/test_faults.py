@@ -70,8 +70,10 @@ def test_the_room_goes_on_without_descriptors() -> None:
     """With no descriptor left the room talks on, says so once, and lets people in again later."""
     with run_server("--rate-limit", "0") as server:
         alice, bob = pair(server.port)
+        highest = server.highest_descriptor()
         for episode in range(1, 3):
-            server.allow_descriptors(server.highest_descriptor() + 1)
+            wait_until(lambda: server.highest_descriptor() <= highest, "the others to be closed")
+            server.allow_descriptors(highest + 1)
             waiting = [Peer(server.port) for _ in range(5)]
             server.expect_log("(?s)" + "cannot accept.*" * episode)
             alice.send(*(f"line {number}" for number in range(100)))
