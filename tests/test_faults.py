@@ -749,22 +749,35 @@ def test_a_clock_that_fails_for_a_while_ends_nothing(
     bob.expect("alice: hello", "alice: hello again")
 
 
-def test_a_clock_set_back_by_years_holds_up_nobody(
-    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("years", [-5, 5])
+def test_a_clock_that_is_set_holds_up_nobody(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, years: int
 ) -> None:
-    """However far off the end of something kept may seem, people talk and come back."""
+    """However far the clock is set, people talk, and a kept place is kept as long as any."""
+    monkeypatch.setattr(server_module, "HELD", 60.0)
     alice = Peer(room.port).join("alice")
     bob = Peer(room.port).introduce(f"bob -0 {KEY}")
     alice.expect("* bob joined the chat")
+    if years < 0:
+        lose(room, bob)
     real = time.time
-    monkeypatch.setattr(time, "time", lambda: real() - 5 * 365 * 86400)
-    bob.vanish()
-    wait_until(lambda: is_away(room, "bob"), "bob's place to be kept")
+    monkeypatch.setattr(time, "time", lambda: real() + years * 365 * 86400)
+    if years > 0:
+        lose(room, bob)
     for number in range(3):
         alice.send(f"hello {number}")
         alice.expect(f"alice: hello {number}")
     bob = Peer(room.port).introduce(f"bob -0 {KEY}")
     bob.expect("-> Welcome back, bob!")
+    monkeypatch.setattr(server_module, "HELD", 0.1)
+    bob.vanish()
+    alice.expect("* bob left the chat")
+
+
+def lose(room: ChatServer, bob: Peer) -> None:
+    """Have bob lose the connection, and the room know of it."""
+    bob.vanish()
+    wait_until(lambda: is_away(room, "bob"), "bob's place to be kept")
 
 
 # --- Wake-ups ----------------------------------------------------------------

@@ -902,6 +902,17 @@ def test_ban_ends_without_anybodys_doing(room: ChatServer, clock: Callable[[floa
     alice.expect("-> carol - by alice for good", "-> you are now bob", "* alice is now bob")
 
 
+def test_ban_for_decades_holds_up_nobody(room: ChatServer) -> None:
+    """The longest ban that can be asked for is kept, and the room goes on."""
+    alice = operator(room)
+    alice.send("/ban bob 9999999")
+    alice.expect_match(r"-> bob may not come in until 20\d\d-\S+ \S+")
+    for number in range(3):
+        alice.send(str(number))
+        alice.expect(f"alice: {number}")
+    assert turned_away(room.port, "bob").startswith("-> you are banned by alice until 20")
+
+
 def test_ban_holds_with_a_clock_set_back(room: ChatServer, clock: Callable[[float], None]) -> None:
     """A ban for minutes holds from when it is given, though the clock was ahead before."""
     alice = operator(room)
