@@ -1136,11 +1136,11 @@ def test_kicked_client_ends_with_the_reason(room: ChatServer) -> None:
     process = start(room.port, "--name", "bob")
     alice.expect("* bob joined the chat")
     alice.send("/kick bob enough")
-    output, errors = process.communicate(timeout=DEADLINE)
+    alice.expect("* bob was kicked by alice: enough", "-> bob was put out")
+    output, errors = process.communicate(timeout=DEADLINE)  # which ends its input
     assert process.returncode == 1
     assert b"client.py: you were kicked by alice: enough\n" in errors
     assert b"* bob joined the chat" in output
-    alice.expect("* bob was kicked by alice: enough", "-> bob was put out")
     alice.expect_nothing()
 
 
