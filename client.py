@@ -11,9 +11,13 @@ or, from Python, a bot::
                 chat.send(time.ctime())
 
 Two threads: `ChatClient.receive` alone touches the connection, and `write` reads
-what the user types and leaves it in a queue for `receive` to send.  Each line in
-that queue stays there until the room has broadcast it, so a connection that
-breaks loses nothing and says nothing twice.
+what the user types and leaves it in `Outgoing` for `receive` to send.  Each line
+stays there until the room has broadcast it, so a connection that breaks loses
+nothing and says nothing twice.
+
+Four things live for as long as their names say, and nothing in them is ever set
+back: the lines that are `Outgoing`, our `Place` in the room, an `Absence` from it
+and a `Session`, which is one connection.  `ChatClient` has one of each.
 """
 
 from __future__ import annotations
@@ -47,7 +51,17 @@ except ImportError:  # Windows has its own kind of terminal
     termios = None  # type: ignore[assignment]
 
 import protocol
-from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsConnection, Waker
+from protocol import (
+    Connection,
+    Event,
+    Framer,
+    Introduction,
+    Kind,
+    Line,
+    Refusal,
+    TlsConnection,
+    Waker,
+)
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import Completer
@@ -99,6 +113,9 @@ class Notice(NamedTuple):
         return f"-- {self.text} --"
 
 
+# --- What is on its way ------------------------------------------------------
+
+
 class Typed(NamedTuple):
     """A line on its way to the room."""
 
@@ -126,6 +143,181 @@ def discreet(text: str) -> str:
     return "/op ..." if verb == "op" and argument else text
 
 
+class Outgoing:
+    """The lines on their way: nothing that was typed is lost, and nothing is said twice.
+
+    A line waits, is sent, and is done with when it has its receipt: a text when
+    the room says it, under the name that it was sent with; a command when it is
+    answered; either when it is refused.  The server answers in the order in which
+    it was asked, so an answer belongs to the oldest line that has none.
+
+    After a loss we hear what the room has said meanwhile.  What is in there has
+    its receipt.  Heard without a gap, a text that is not in there never will be,
+    for the server takes nothing more from the old connection: it is sent again,
+    before all that waits.  With a gap nobody can know: it is given up, and its
+    author told.  A command is never sent again.
+
+    Nothing is sent behind a ``/nick`` until its answer tells the name by which the
+    next receipt is known.  Any thread may call, and `send` and `flush` wait here.
+    """
+
+    def __init__(self) -> None:
+        # Guards all below; notified when a line is done with, and at the end.
+        self._changed = threading.Condition()
+        self._waiting: deque[Typed] = deque()  # not sent yet
+        self._sent: deque[Typed] = deque()  # without a receipt
+        self._ended = False  # nobody waits any more
+
+    def add(self, item: Typed) -> None:
+        """Let a line wait; the caller waits too while there are `MAX_WAITING`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._count() < MAX_WAITING)
+            self._waiting.append(item)
+
+    def wait_for_receipts(self) -> None:
+        """Wait until every line has its receipt, or `end`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or not self._count())
+
+    def end(self) -> None:
+        """Let nobody wait any more."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def take(self, name: str) -> Typed | None:
+        """Return the next line to be sent, under this name, when there is one and it may."""
+        with self._changed:
+            if not self._waiting or (self._sent and self._sent[-1].verb == "nick"):
+                return None
+            self._sent.append(self._waiting.popleft()._replace(name=name))
+            return self._sent[-1]
+
+    def take_new_name(self) -> str:
+        """Return the name in a ``/nick`` that waits, which is done with then, or nothing."""
+        with self._changed:
+            for item in self._waiting:
+                if item.verb == "nick":
+                    self._waiting.remove(item)
+                    return item.text.partition(" ")[2].strip()
+        return ""
+
+    def confirm(self, line: Line) -> None:
+        """Take a line of the room as the receipt of a text, if it is one."""
+        with self._changed:
+            for item in self._sent:
+                if (item.echo, item.name) == ((line.kind, line.text), line.name):
+                    self._sent.remove(item)
+                    self._changed.notify_all()
+                    return
+
+    def answer(self, text: str) -> Typed | None:
+        """Return the line that an answer is to, which is done with, or None."""
+        with self._changed:
+            if not self._sent:
+                return None
+            oldest = self._sent[0]
+            if not protocol.may_answer(text, "" if oldest.echo else oldest.verb):
+                return None
+            self._changed.notify_all()
+            return self._sent.popleft()
+
+    def resume(self, *, unbroken: bool) -> list[Typed]:
+        """Go on after a loss; return the commands that had no answer.
+
+        `unbroken` says that all was heard that the room has said meanwhile.
+        """
+        with self._changed:
+            commands = [item for item in self._sent if item.echo is None]
+            self._sent = deque(item for item in self._sent if item.echo)
+            if unbroken:
+                self._waiting.extendleft(reversed(self._sent))
+                self._sent.clear()
+            self._changed.notify_all()
+        return commands
+
+    def give_up(self) -> list[Typed]:
+        """Return the texts whose receipts are not to be had any more; they are done with."""
+        with self._changed:
+            doubtful = [item for item in self._sent if item.echo]
+            self._sent = deque(item for item in self._sent if not item.echo)
+            self._changed.notify_all()
+        return doubtful
+
+    def unsent(self) -> list[str]:
+        """Return what waits as it was typed."""
+        with self._changed:
+            return [item.text for item in self._waiting]
+
+    def _count(self) -> int:
+        return len(self._waiting) + len(self._sent)
+
+
+# --- Who and where we are ----------------------------------------------------
+
+
+class Place:
+    """Our place in the room; its connections come and go.
+
+    Only the thread that runs `ChatClient.receive` changes it; others read.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = protocol.check_name(name)
+        self.key = os.urandom(16).hex()  # takes our place back from a connection that is lost
+        self.position: int | None = None  # of the next line of the room
+        self.present: list[str] = []  # the names here, who spoke last first
+
+    def introduction(self) -> str:
+        """Return the answer to ``NICK``."""
+        return str(Introduction(self.name, self.position, key=self.key))
+
+    def follow(self, line: Line) -> None:
+        """Go on behind a line of the room, and keep track of who is here."""
+        self.skip(1)
+        if line.name:
+            self._move(line.name, line.name)
+        elif news := protocol.announcement(str(line)):
+            to = {Event.JOINED: news.name, Event.RENAMED: news.new}
+            self._move(news.name, to.get(news.event, ""))
+
+    def skip(self, count: int) -> None:
+        """Go on behind so many lines of the room."""
+        if self.position is not None:
+            self.position += count
+
+    def see(self, names: list[str]) -> None:
+        """Take these as the names here, in the order that we know."""
+        known = [name for name in self.present if name in names]
+        self.present = known + [name for name in names if name not in known]
+
+    def _move(self, name: str, to: str) -> None:
+        self.present = [to] * bool(to) + [other for other in self.present if other != name]
+
+
+class Absence:
+    """The time from the loss of a connection until we are settled again, by however many tries.
+
+    Touched only by the thread that runs `ChatClient.receive`; `next_try` is read by others.
+    """
+
+    def __init__(self, since: float) -> None:
+        self.since = since  # when we last heard the server, in `time.monotonic` seconds
+        self.next_try = since
+        self.lines: list[Line] = []  # what we missed, until it is complete
+        self.skipped = 0  # lines of the room that are not among it, as the server said
+        self.unbroken = True  # as far as we know, nothing else is lacking
+        self.told = ""  # the last reason why we are not let in
+
+    def __str__(self) -> str:
+        missed = sum(line.in_room for line in self.lines) + self.skipped
+        lines = f"{missed} line{'' if missed == 1 else 's'} missed"
+        return f"back after {time.monotonic() - self.since:.0f} s, {lines}"
+
+
+# --- One connection ----------------------------------------------------------
+
+
 class State(enum.Enum):
     """How far a connection has come."""
 
@@ -134,11 +326,170 @@ class State(enum.Enum):
     SETTLED = enum.auto()  # hearing and saying
 
 
+class RollCall:
+    """The answer to our own ``/names``, which may come in several lines."""
+
+    def __init__(self, count: int) -> None:
+        self.names: list[str] = []
+        self._due = count
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all names have come, or the last line that tells how many others there are."""
+        return self._due <= 0
+
+    def take(self, text: str) -> None:
+        """Take the names in one line of the answer."""
+        names, is_last = protocol.listed(text)
+        self.names += names
+        self._due = 0 if is_last else self._due - len(names)
+
+
+class Session:
+    """One connection to the server, from being dialled to being closed.
+
+    Only the thread that made it touches it, but for `shutdown`; others read `state`.
+    """
+
+    def __init__(self, connection: Connection, waker: Waker, fmt: str) -> None:
+        self.state = State.AT_THE_DOOR
+        self.introduced = False  # our name is given
+        self.password_given = False
+        self.reason = ""  # what the server last had to say at the door
+        self.roll_call: RollCall | None = None  # as soon as its first line has come
+        self.heard = time.monotonic()  # when bytes last came
+        self._fmt = fmt
+        self._connection = connection
+        self._framer = Framer(protocol.MAX_SERVER_LINE)
+        self._unsent = b""
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(waker, selectors.EVENT_READ)
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether more should be said now: not much has still to be sent."""
+        return len(self._unsent) < SEND_AHEAD
+
+    def say(self, line: bytes) -> None:
+        """Let a line be sent by `exchange`."""
+        self._unsent += line
+
+    def exchange(self, deadline: float | None = None) -> list[Line]:
+        """Send, wait for something to happen and return the lines that came.
+
+        Raise `OSError` when the connection has ended, or the deadline has passed.
+        """
+        self._unsent = self._unsent[self._connection.send(self._unsent) :]
+        writing = selectors.EVENT_WRITE if self._unsent else 0
+        self._selector.modify(self._connection, selectors.EVENT_READ | writing)
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not self._selector.select(timeout) or timeout == 0.0:
+            raise TimeoutError("no answer came")
+        data = self._connection.receive_now()
+        if data == b"":
+            raise ConnectionError("the server closed the connection")
+        if data:
+            self.heard = time.monotonic()
+        return [self._line(line) for line in self._framer.feed(data or b"")]
+
+    def _line(self, line: bytes) -> Line:
+        return protocol.parse(protocol.escape(line[: protocol.MAX_SERVER_LINE], self._fmt))
+
+    def shutdown(self) -> None:
+        """Break the connection off, from any thread."""
+        self._connection.shutdown()
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._selector.close()
+        self._connection.close()
+
+
+class Entrance(NamedTuple):
+    """Where the room is entered, and what has to be shown there and by whom."""
+
+    host: str
+    port: int
+    password: str | None
+    tls: ssl.SSLContext | None
+    fingerprint: str  # the certificate's, when no authority vouches for it
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def dial(self) -> Connection:
+        """Connect to the server and, where it is wanted, make sure that it is the right one."""
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
+        if self.tls is None:
+            return Connection(sock)
+        connection = TlsConnection(sock, self.tls, self.host)
+        try:
+            connection.shake_hands(deadline)
+            seen = protocol.fingerprint(connection.certificate())
+            if self.fingerprint and seen != self.fingerprint:
+                raise Refused(f"the certificate's fingerprint is {seen}; it is not the one given")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
 # --- The conversation --------------------------------------------------------
 
 
+class Inbox:
+    """The lines for a program that iterates; any thread may call."""
+
+    def __init__(self) -> None:
+        # Guards all below; notified whenever any of it changes.
+        self._changed = threading.Condition()
+        self._lines: deque[Line] = deque()
+        self._is_read = False  # somebody iterates
+        self._ended = False  # no more lines come, and nobody waits
+
+    def put(self, item: Line | Notice) -> None:
+        """Keep a line: wait for a slow reader, forget the oldest if there is none."""
+        if isinstance(item, Notice):
+            return
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._ended or len(self._lines) < MAX_WAITING or not self._is_read
+            )
+            if len(self._lines) >= MAX_WAITING:
+                self._lines.popleft()
+            self._lines.append(item)
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let the reader end when it has read all."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Line]:
+        self._set_read(True)
+        try:
+            while (line := self._take()) is not None:
+                yield line
+        finally:
+            self._set_read(False)
+
+    def _take(self) -> Line | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._ended)
+            self._changed.notify_all()
+            return self._lines.popleft() if self._lines else None
+
+    def _set_read(self, is_read: bool) -> None:
+        with self._changed:
+            self._is_read = is_read
+            self._changed.notify_all()
+
+
 class ChatClient:
-    """A place in the room that survives its connections.
+    """A conversation that survives its connections.
 
     Iterating gives each `Line` that comes.  `show`, when given, is called with
     each `Line` and `Notice` instead, in the thread of `receive`.
@@ -157,46 +508,22 @@ class ChatClient:
         show: Callable[[Line | Notice], None] | None = None,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
-        self.name = protocol.check_name(name)
-        self.host = host
-        self.port = port
+        self.entrance = Entrance(host, port, password, tls, fingerprint)
         self.fmt = fmt
-        self.password = password
-        self.tls = tls
-        self.fingerprint = fingerprint  # the certificate's, when no authority vouches for it
-        self.key = os.urandom(16).hex()  # takes our place back from a connection that is lost
-        self.position: int | None = None  # of the next line of the room
-        self.present: list[str] = []  # the names here, who spoke last first
+        self.place = Place(name)
+        self.outgoing = Outgoing()
+        self._inbox = Inbox()
+        self._show_to = show or self._inbox.put
+        self._ended = ended
+        self._leaving = threading.Event()  # we want to go, or cannot stay
+        self._waker = Waker()  # of `receive`, when something waits to be sent
+        self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
+        # From here on, what only the thread that runs `receive` changes; others read.
         self.live = False  # what comes is said now, and not from before our time
         self.failed = 0  # lines that were not broadcast, as far as we know
         self.reason = ""  # why the conversation ended, when nobody here wanted it to
-        self._show_to = show or self._collect
-        self._ended = ended
-        self._leaving = threading.Event()
-        self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
-        # Guards the queues below; notified when one of them changes or the conversation ends.
-        self._queues = threading.Condition()
-        self._waiting: deque[Typed] = deque()  # not sent yet
-        self._unconfirmed: deque[Typed] = deque()  # sent, without a receipt
-        self._heard: deque[Line] = deque()  # for who iterates
-        self._iterated = False  # somebody does
-        # From here on, what only the thread that runs `receive` touches:
-        self._waker = Waker()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._waker, selectors.EVENT_READ)
-        self._connection: Connection | None = None
-        self._framer = Framer()
-        self._unsent = b""
-        self._state = State.AT_THE_DOOR
-        self._introduced = False  # our name is given
-        self._password_given = False
-        self._unbroken = True  # no line of the room was skipped since we were settled
-        self._names: list[str] = []  # in the answer to our own /names, as far as it came
-        self._names_due = 0  # names still to come in the answer to our own /names
-        self._replay: list[Line] | None = None  # what we missed, until it is complete
-        self._skipped = 0  # lines that the replay has not, as the server said
-        self._lost_at = 0.0
-        self._next_try = 0.0
+        self._session: Session | None = None
+        self._absence: Absence | None = None
 
     # Verbs.
 
@@ -220,14 +547,7 @@ class ChatClient:
         self.leave()
 
     def __iter__(self) -> Iterator[Line]:
-        self._iterated = True
-        try:
-            while (line := self._next_heard()) is not None:
-                yield line
-        finally:
-            self._iterated = False
-            with self._queues:
-                self._queues.notify_all()
+        return iter(self._inbox)
 
     def connect(self) -> None:
         """Connect and be let in.
@@ -235,16 +555,10 @@ class ChatClient:
         Raise `OSError` when nobody answers, `NameRefused` or `PasswordRefused` when
         another one would do and `Refused` when nothing would.
         """
-        self._connection = self._dial()
-        self._framer = Framer(protocol.MAX_SERVER_LINE)
-        self._unsent, self.reason = b"", ""
-        self._state, self._introduced, self._password_given = State.AT_THE_DOOR, False, False
-        self._selector.register(self._connection, selectors.EVENT_READ)
-        if self.position is not None and self._replay is None:
-            self._replay = []
+        self._session = Session(self.entrance.dial(), self._waker, self.fmt)
         deadline = time.monotonic() + CONNECT_TIMEOUT
         try:
-            while self._state is State.AT_THE_DOOR:
+            while self.away:
                 self._exchange(deadline)
         except BaseException:
             self._disconnect()
@@ -262,8 +576,6 @@ class ChatClient:
                     while True:
                         self._exchange()
                 except OSError:
-                    if self._replay is None:  # and not on the way back already
-                        self._lost_at = time.monotonic()
                     self._disconnect()
                 if not self._leaving.is_set():
                     self._come_back()
@@ -273,8 +585,8 @@ class ChatClient:
             self._disconnect()
             left_of_itself = not self._leaving.is_set()
             self._leaving.set()
-            with self._queues:
-                self._queues.notify_all()
+            self.outgoing.end()
+            self._inbox.end()
             if left_of_itself:
                 self._ended()
 
@@ -289,47 +601,58 @@ class ChatClient:
         self._encode(item.text)
         if item.verb == "nick":
             protocol.check_name(item.text.partition(" ")[2].strip())
-        with self._queues:
-            self._queues.wait_for(lambda: self._leaving.is_set() or self._pending() < MAX_WAITING)
-            self._waiting.append(item)
+        self.outgoing.add(item)
         self._waker.wake()
 
     def flush(self) -> None:
         """Wait until every line has its receipt, or the conversation has ended."""
-        with self._queues:
-            self._queues.wait_for(lambda: self._leaving.is_set() or not self._pending())
+        self.outgoing.wait_for_receipts()
 
     def leave(self) -> list[str]:
         """Say goodbye and end the conversation; return what was typed and never sent."""
         if not self._leaving.is_set():
-            with self._queues:
-                self._waiting.append(typed("/quit"))
+            self.outgoing.end()
+            self.outgoing.add(typed("/quit"))
             self._leaving.set()
             self._waker.wake()
         self._receiver.join(LEAVE_TIMEOUT)
         if self._receiver.is_alive():
-            self._cut()
+            if session := self._session:
+                session.shutdown()
             self._receiver.join(LEAVE_TIMEOUT)
         self.close()
         self._give_up_receipts()
-        return [item.text for item in self._waiting if item.verb != "quit"]
+        return [text for text in self.outgoing.unsent() if typed(text).verb != "quit"]
+
+    @property
+    def name(self) -> str:
+        """Our name in the room."""
+        return self.place.name
+
+    @property
+    def present(self) -> list[str]:
+        """The names here, who spoke last first."""
+        return self.place.present
 
     @property
     def settled(self) -> bool:
         """Whether what was said before is heard, and what is typed goes out."""
-        return self._state is State.SETTLED
+        session = self._session
+        return session is not None and session.state is State.SETTLED
 
     @property
     def away(self) -> bool:
-        """Whether there is no connection."""
-        return self._state is State.AT_THE_DOOR
+        """Whether we are not in the room: there is no connection, or it is still at the door."""
+        session = self._session
+        return session is None or session.state is State.AT_THE_DOOR
 
     @property
     def status(self) -> str:
         """The state of the connection in a few words."""
-        if not self.away:
+        absence = self._absence
+        if absence is None or not self.away:
             return "connected"
-        return f"next try in {max(0.0, self._next_try - time.monotonic()):.0f} s"
+        return f"next try in {max(0.0, absence.next_try - time.monotonic()):.0f} s"
 
     def wait(self) -> None:
         """Wait until the conversation has ended."""
@@ -337,274 +660,197 @@ class ChatClient:
 
     def close(self) -> None:
         """Give back what is held for connections; `leave` does it too."""
-        self._selector.close()
         self._waker.close()
 
-    def _pending(self) -> int:
-        """Return how many lines have no receipt yet."""
-        return len(self._waiting) + len(self._unconfirmed)
-
-    # The connection.
-
-    def _dial(self) -> Connection:
-        """Connect to the server and, where it is wanted, make sure that it is the right one."""
-        deadline = time.monotonic() + CONNECT_TIMEOUT
-        sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
-        if self.tls is None:
-            return Connection(sock)
-        connection = TlsConnection(sock, self.tls, self.host)
-        try:
-            connection.shake_hands(deadline)
-            seen = protocol.fingerprint(connection.certificate())
-            if self.fingerprint and seen != self.fingerprint:
-                raise Refused(f"the certificate's fingerprint is {seen}; it is not the one given")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+    # What follows runs in the thread of `receive`, but for the first connect.
 
     def _exchange(self, deadline: float | None = None) -> None:
-        """Wait for bytes or for something to send, and deal with it."""
-        connection = self._connection
-        assert connection is not None
+        """Wait for lines or for something to send, and deal with it."""
+        session = self._session
+        assert session is not None
         self._waker.clear()
-        self._take_waiting()
-        self._unsent = self._unsent[connection.send(self._unsent) :]
-        writing = selectors.EVENT_WRITE if self._unsent else 0
-        self._selector.modify(connection, selectors.EVENT_READ | writing)
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not self._selector.select(timeout) or timeout == 0.0:
-            raise TimeoutError("no answer came")
-        data = connection.receive_now()
-        if data == b"":
-            raise ConnectionError("the server closed the connection")
-        if self._framer.overrun:
-            raise ConnectionError("the server sends no lines")
-        for line in self._framer.feed(data or b""):
-            shown = protocol.escape(line[: protocol.MAX_SERVER_LINE], self.fmt)
-            self._hear(protocol.parse(shown))
-
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._selector.unregister(self._connection)
-            self._connection.close()
-            self._connection = None
-            self._state = State.AT_THE_DOOR
-
-    def _come_back(self) -> None:
-        """Try until we are in the room again, or leave."""
-        self._show(Notice("connection lost; trying again"))
-        delay, said = RETRY_FIRST, ""
-        while True:
-            pause = delay * random.uniform(0.5, 1.0)
-            self._next_try = time.monotonic() + pause
-            if self._leaving.wait(pause):
-                return
-            try:
-                self.connect()
-                return
-            except NameRefused as refused:
-                if self._take_new_name():
-                    delay = RETRY_FIRST / 2
-                elif str(refused) != said:
-                    said = str(refused)
-                    self._show(Notice(f"{said} with /nick"))
-            except (PutOut, PasswordRefused):
-                raise  # trying again would not help
-            except Refused as refused:
-                if str(refused) != said:
-                    said = str(refused)
-                    self._show(Notice(said))
-            except OSError:
-                pass  # as long as it takes
-            delay = min(RETRY_MAX, delay * 2)
-
-    def _take_new_name(self) -> bool:
-        """Come back under the name that waits in a /nick, if there is one."""
-        with self._queues:
-            for item in self._waiting:
-                if item.verb == "nick":
-                    self._waiting.remove(item)
-                    self.name = item.text.partition(" ")[2].strip()
-                    return True
-        return False
-
-    # What is sent.
-
-    def _take_waiting(self) -> None:
-        """Move lines from the queue to the socket's buffer, as many as are good for it."""
-        if self._state is not State.SETTLED:
-            return
-        with self._queues:
-            while self._waiting and len(self._unsent) < SEND_AHEAD:
-                if self._unconfirmed and self._unconfirmed[-1].verb == "nick":
-                    return  # what follows is said under the name that the answer tells
-                item = self._waiting.popleft()._replace(name=self.name)
-                self._unconfirmed.append(item)
-                self._unsent += self._encode(item.text)
+        while session.state is State.SETTLED and session.takes_more:
+            item = self.outgoing.take(self.name)
+            if item is None:
+                break
+            session.say(self._encode(item.text))
+        for line in session.exchange(deadline):
+            if session.state is State.AT_THE_DOOR:
+                self._hear_at_door(line, session)
+            else:
+                self._hear(line, session)
 
     def _encode(self, text: str) -> bytes:
         # With room for the longest name: it may have changed when the line goes out.
         protocol.encode(text, self.fmt, MAX_TEXT)
         return protocol.encode(protocol.said(self.name, text), self.fmt)
 
+    def _disconnect(self) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        session.close()
+        if self._absence is None and session.state is not State.AT_THE_DOOR:
+            self._absence = Absence(session.heard)
+
+    def _come_back(self) -> None:
+        """Try until we are in the room again, or leave."""
+        self._show(Notice("connection lost; trying again"))
+        absence = self._absence
+        assert absence is not None  # since we were in the room
+        delay = RETRY_FIRST
+        while True:
+            pause = delay * random.uniform(0.5, 1.0)
+            absence.next_try = time.monotonic() + pause
+            if self._leaving.wait(pause):
+                return
+            try:
+                self.connect()
+                return
+            except (PutOut, PasswordRefused):
+                raise  # trying again would not help
+            except NameRefused as refused:
+                if name := self.outgoing.take_new_name():
+                    self.place.name = name
+                    delay = RETRY_FIRST / 2
+                else:
+                    self._tell_once(absence, f"{refused} with /nick")
+            except Refused as refused:
+                self._tell_once(absence, str(refused))
+            except OSError:
+                pass  # as long as it takes
+            delay = min(RETRY_MAX, delay * 2)
+
+    def _tell_once(self, absence: Absence, reason: str) -> None:
+        if reason != absence.told:
+            absence.told = reason
+            self._show(Notice(reason))
+
     # What is heard.
 
-    def _hear(self, line: Line) -> None:
-        if self._state is State.AT_THE_DOOR:
-            self._hear_at_door(line)
-        elif line.in_room:
-            self._hear_room(line)
-        elif line.kind is not Kind.ANSWER or self._hear_answer(str(line)):
-            self._bring(line)
-            if str(line) == protocol.BYE:
-                self._leaving.set()
-            elif line.kind is Kind.ANSWER and protocol.is_final(str(line)):
-                raise Refused(line.text)
-
-    def _hear_at_door(self, line: Line) -> None:
+    def _hear_at_door(self, line: Line, session: Session) -> None:
         """Answer the server's questions until it says welcome."""
-        if line.kind is Kind.NICK and not self._introduced:
-            self._introduced = True
-            asked = Introduction(self.name, self.position, key=self.key)
-            self._unsent += protocol.encode(str(asked))
-        elif line.kind is Kind.NICK:
-            raise NameRefused(self.reason)
+        if line.kind is Kind.NICK:
+            if session.introduced:
+                raise NameRefused(session.reason)
+            session.introduced = True
+            session.say(protocol.encode(self.place.introduction()))
         elif line.kind is Kind.PASS:
-            self._give_password()
-        elif line.kind is Kind.ANSWER and protocol.is_welcome(str(line)):
-            self._state = State.CATCHING_UP
-            # Its answer comes behind the replay: only then do we know what was heard.
-            self._unsent += protocol.encode("/names")
-            if self._replay is None:
-                self._show(line)
-        elif line.kind is Kind.ANSWER and protocol.is_put_out(str(line)):
-            raise PutOut(line.text)
-        elif line.kind is Kind.ANSWER and protocol.is_final(str(line)):
-            raise Refused(line.text)
-        elif line.kind is Kind.ANSWER:
-            self.reason = line.text
-        else:
+            self._give_password(session)
+        elif line.kind is not Kind.ANSWER:
             raise Refused("what answers there is not this chat; check --host and --port")
+        elif protocol.is_welcome(str(line)):
+            session.state = State.CATCHING_UP
+            # Its answer comes behind the replay: only then do we know what was heard.
+            session.say(protocol.encode("/names"))
+            if self._absence is None:
+                self._show(line)
+        else:
+            _raise_if_final(line)
+            session.reason = line.text
 
-    def _give_password(self) -> None:
-        if self.password is None:
+    def _give_password(self, session: Session) -> None:
+        if self.entrance.password is None:
             raise PasswordRefused("the room has a password; see --password-file")
-        if self._password_given:
-            raise PasswordRefused(self.reason)
-        self._password_given = True
-        self._unsent += protocol.password_bytes(self.password) + b"\n"
+        if session.password_given:
+            raise PasswordRefused(session.reason)
+        session.password_given = True
+        session.say(protocol.password_bytes(self.entrance.password) + b"\n")
 
-    def _hear_room(self, line: Line) -> None:
-        if self.position is not None:
-            self.position += 1
-        self._follow(line)
-        if line.name:
-            self._confirm(line)
-        self._bring(line)
+    def _hear(self, line: Line, session: Session) -> None:
+        """Take in a line that comes when we are in the room."""
+        if line.in_room:
+            self.place.follow(line)
+            if line.name:
+                self.outgoing.confirm(line)
+            self._bring(line)
+        elif line.kind is not Kind.ANSWER:
+            self._bring(line)
+        elif not self._hear_news(str(line), session):
+            self._bring(line)
+            self._hear_own_answer(str(line))
+            _raise_if_final(line)
 
-    def _confirm(self, line: Line) -> None:
-        """Take a line of ours as the receipt of what was typed."""
-        with self._queues:
-            for item in self._unconfirmed:
-                if (item.echo, item.name) == ((line.kind, line.text), line.name):
-                    self._unconfirmed.remove(item)
-                    self._queues.notify_all()
-                    return
-
-    def _hear_answer(self, text: str) -> bool:
-        """Take in what the server says to us alone; tell whether to show it."""
-        if (position := protocol.position_in(text)) is not None:
-            if self.position not in (None, position):
-                self._unbroken = False
-            self.position = position
-        elif (missed := protocol.missed_in(text)) is not None:
-            self._skip(missed)
-            return True
-        elif self._names_due:
-            self._take_names(text.removeprefix("-> "))
-        elif self._state is State.CATCHING_UP and (found := protocol.names_in(text)):
-            self._names_due, names = found
-            self._names = []
-            self._take_names(names)
+    def _hear_news(self, text: str, session: Session) -> bool:
+        """Take in what the server tells our program and not us; say whether it was that."""
+        roll_call = session.roll_call
+        if session.state is State.CATCHING_UP and (at := protocol.position_in(text)) is not None:
+            self._go_to(at)
+        elif roll_call and not roll_call.is_complete:
+            self._call_roll(roll_call, text.removeprefix("-> "))
+        elif session.state is State.CATCHING_UP and (found := protocol.names_in(text)):
+            session.state = State.SETTLED
+            session.roll_call = RollCall(found[0])
+            self._call_roll(session.roll_call, found[1])
             self._settle()
         else:
-            self._hear_own_answer(text)
-            return True
-        return False
+            return False
+        return True
 
-    def _take_names(self, text: str) -> None:
-        """Take one line of the answer to our own /names."""
-        names, is_last = protocol.listed(text)
-        self._names += names
-        self._names_due = 0 if is_last else max(0, self._names_due - len(names))
-        if not self._names_due:
-            known = [name for name in self.present if name in self._names]
-            self.present = known + [name for name in self._names if name not in known]
+    def _go_to(self, position: int) -> None:
+        """Go on at the position that the server says; another than ours leaves a gap."""
+        if self._absence and self.place.position != position:
+            self._absence.unbroken = False
+        self.place.position = position
+
+    def _call_roll(self, roll_call: RollCall, text: str) -> None:
+        roll_call.take(text)
+        if roll_call.is_complete:
+            self.place.see(roll_call.names)
 
     def _hear_own_answer(self, text: str) -> None:
-        """Take an answer as the receipt of the oldest command, or as a line's refusal."""
-        with self._queues:
-            oldest = self._unconfirmed[0] if self._unconfirmed else None
-            refused = protocol.is_refusal(text)
-            if oldest is not None:
-                if protocol.may_answer(text, "" if oldest.echo else oldest.verb):
-                    self._unconfirmed.popleft()
-                    self._queues.notify_all()
-                else:
-                    oldest = None
-        if (name := protocol.name_in(text)) is not None:
-            self.name = name
-        if oldest is None or not refused:
+        """Take an answer as the receipt of the oldest line, or as its refusal."""
+        if (missed := protocol.missed_in(text)) is not None:
+            self._skip(missed)
             return
-        self.failed += 1
-        if oldest.echo is not None:
-            self._show(Notice("the last line was not sent", oldest.text))
+        if (name := protocol.name_in(text)) is not None:
+            self.place.name = name
+        item = self.outgoing.answer(text)
+        if item is None:
+            return
+        if item.verb == "quit":
+            self._leaving.set()
+        elif protocol.is_refusal(text):
+            self.failed += 1
+            if item.echo is not None:
+                self._show(Notice("the last line was not sent", item.text))
 
     def _skip(self, count: int) -> None:
         """Go on behind lines of the room that we do not get."""
-        if self.position is not None:
-            self.position += count
-        if self._state is State.SETTLED:
+        self.place.skip(count)
+        if self._absence is None:
             self._give_up_receipts()
         else:
-            self._unbroken = False
-            self._skipped += count
+            self._absence.unbroken = False
+            self._absence.skipped += count
 
     def _settle(self) -> None:
         """The replay is over: show it, and send again what is not in it."""
-        self._state, self.live = State.SETTLED, True
-        replay, self._replay = self._replay, None
-        if replay is not None:
-            away = time.monotonic() - self._lost_at
-            missed = sum(line.in_room for line in replay) + self._skipped
-            lines = f"{missed} line{'' if missed == 1 else 's'} missed"
-            self._show(Notice(f"back after {away:.0f} s, {lines}"))
-            for line in replay:
-                self._show(line)
-        with self._queues:
-            commands = [item for item in self._unconfirmed if item.echo is None]
-            self._unconfirmed = deque(item for item in self._unconfirmed if item.echo)
-            if self._unbroken:
-                self._waiting.extendleft(reversed(self._unconfirmed))
-                self._unconfirmed.clear()
-            self._unbroken, self._skipped = True, 0
-            self._queues.notify_all()
-        for item in commands:
+        self.live = True
+        absence, self._absence = self._absence, None
+        if absence is None:
+            return
+        self._show(Notice(str(absence)))
+        for line in absence.lines:
+            self._show(line)
+        for item in self.outgoing.resume(unbroken=absence.unbroken):
             self._show(Notice(f"no answer came to: {discreet(item.text)}"))
         self._give_up_receipts()
 
     def _give_up_receipts(self) -> None:
         """Say which lines may or may not have been seen: their receipts are not to be had."""
-        with self._queues:
-            doubtful = [item for item in self._unconfirmed if item.echo]
-            self._unconfirmed = deque(item for item in self._unconfirmed if not item.echo)
-            self._queues.notify_all()
-        self.failed += len(doubtful)
-        for item in doubtful:
+        for item in self.outgoing.give_up():
+            self.failed += 1
             self._show(Notice(f"cannot know whether this was seen, not sent again: {item.text}"))
 
     # What is shown.
+
+    def _bring(self, line: Line) -> None:
+        """Show a line, or keep it until we know all that we missed."""
+        if self._absence is None:
+            self._show(line)
+        else:
+            self._absence.lines.append(line)
 
     def _show(self, item: Line | Notice) -> None:
         try:
@@ -612,56 +858,13 @@ class ChatClient:
         except OSError as error:  # of the screen, not of the connection
             raise OutputClosed from error
 
-    def _bring(self, line: Line) -> None:
-        """Show a line, or keep it until the replay is complete."""
-        if self._replay is None:
-            self._show(line)
-        else:
-            self._replay.append(line)
 
-    def _next_heard(self) -> Line | None:
-        with self._queues:
-            self._queues.wait_for(lambda: self._heard or self._leaving.is_set())
-            if not self._heard:
-                return None
-            self._queues.notify_all()
-            return self._heard.popleft()
-
-    def _collect(self, line: Line | Notice) -> None:
-        """Keep a line for who iterates: wait for a slow one, forget the oldest if there is none."""
-        if isinstance(line, Notice):
-            return
-        with self._queues:
-            self._queues.wait_for(
-                lambda: (
-                    self._leaving.is_set() or len(self._heard) < MAX_WAITING or not self._iterated
-                )
-            )
-            if len(self._heard) >= MAX_WAITING:
-                self._heard.popleft()
-            self._heard.append(line)
-            self._queues.notify_all()
-
-    def _follow(self, line: Line) -> None:
-        """Keep track of who is here, who spoke last first."""
-        name, _, event = line.text.partition(" ")
-        if line.kind is not Kind.NOTICE:
-            self._move(line.name, line.name)
-        elif event == "joined the chat":
-            self._move(name, name)
-        elif event == "left the chat":
-            self._move(name, "")
-        elif event.startswith("is now "):
-            self._move(name, event.removeprefix("is now "))
-
-    def _move(self, name: str, to: str) -> None:
-        self.present = [to] * bool(to) + [other for other in self.present if other != name]
-
-    def _cut(self) -> None:
-        """Break the connection off, from another thread."""
-        connection = self._connection
-        if connection is not None:
-            connection.shutdown()
+def _raise_if_final(line: Line) -> None:
+    """Raise `Refused` when an answer means that the server does not want us here now."""
+    if protocol.is_put_out(str(line)):
+        raise PutOut(line.text)
+    if protocol.is_final(str(line)):
+        raise Refused(line.text)
 
 
 # --- How it looks ------------------------------------------------------------
@@ -1124,7 +1327,7 @@ class ToolkitTerminal(Screen):
 
     def _status(self) -> str:
         chat = self.chat
-        return f" {chat.name} on {chat.host}:{chat.port}, {chat.status}" if chat else ""
+        return f" {chat.name} on {chat.entrance}, {chat.status}" if chat else ""
 
 
 def _toolkit_completer(screen: Screen) -> Completer:
@@ -1306,7 +1509,7 @@ def _name(screen: Screen, name: str = "") -> str:
 
 def _join(chat: ChatClient, screen: Screen) -> None:
     """Get into the room, with another name or password if the first will not do."""
-    was_asked = chat.password is None
+    was_asked = chat.entrance.password is None
     while True:
         try:
             chat.connect()
@@ -1315,14 +1518,15 @@ def _join(chat: ChatClient, screen: Screen) -> None:
             if not screen.interactive:
                 raise
             screen.show(Notice(str(refused)))
-            chat.name = _name(screen)
+            chat.place.name = _name(screen)
         except PasswordRefused as refused:
             if not was_asked:
                 raise
-            if chat.password is not None:
+            if chat.entrance.password is not None:
                 screen.show(Notice(str(refused)))
             try:
-                chat.password = screen.ask("Password of the room: ", secret=True)
+                password = screen.ask("Password of the room: ", secret=True)
+                chat.entrance = chat.entrance._replace(password=password)
             except EOFError:
                 raise Refused("no password was given") from None
 

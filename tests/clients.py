@@ -126,12 +126,18 @@ def pretended(talk: Talk) -> Iterator[int]:
 
 def greet(sock: socket.socket, *lines: bytes) -> None:
     """Let a client in, tell it who is here, and send lines."""
+    name = enter(sock)
+    sock.sendall(f"-> 1 here: {name}\n".encode() + b"".join(lines))
+
+
+def enter(sock: socket.socket) -> str:
+    """Let a client in and wait for its own /names; return its name."""
     sock.sendall(b"NICK\n")
     name = read_line(sock).split()[0].decode()
     sock.sendall(f"-> Welcome, {name}!\n-> at 1\n* {name} joined the chat\n".encode())
     while read_line(sock) != b"/names":
         pass
-    sock.sendall(f"-> 1 here: {name}\n".encode() + b"".join(lines))
+    return name
 
 
 def read_line(sock: socket.socket) -> bytes:

@@ -607,8 +607,8 @@ def test_bot_that_stops_listening(monkeypatch: pytest.MonkeyPatch) -> None:
         in_time = ended.wait(3.0)
         if not in_time:  # let go of it, come what may
             monkeypatch.setattr(client, "MAX_WAITING", 1000)
-            with chat._queues:
-                chat._queues.notify_all()
+            chat.outgoing.end()
+            chat._inbox.end()
         thread.join()
         assert in_time
         bob.expect("bob: go", *(f"bot: {number}" for number in range(30)))
