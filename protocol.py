@@ -12,9 +12,9 @@ Bytes go in and lines come out; a line goes in and says what it is::
     >>> str(parse("alice: hello"))
     'alice: hello'
 
-All that is visible to people on the wire is worded here, and bytes become
-text, and text bytes, here alone.  Nothing here touches a socket, a thread or a
-clock, but for `Connection`, which stands last and apart.
+All that the server says is worded here, and bytes become text, and text bytes,
+here alone.  Nothing here touches a socket, a thread or a clock, but for what both
+programs read off their command lines and for `Connection`, which stand last and apart.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
-import functools
 import hashlib
+import hmac
 import os
 import re
 import select
@@ -32,6 +32,7 @@ import ssl
 import textwrap
 import threading
 import time
+import unicodedata
 from typing import AnyStr, NamedTuple
 
 __version__ = "1.0.0"
@@ -50,6 +51,9 @@ MAX_NAME = 24  # letters, so that a name never pushes the text out of sight
 MIN_KEY = 16  # hex digits: 64 bits cannot be guessed in the time a name is held
 MAX_KEY = 128  # hex digits, as many as a SHA-512 has
 MAX_POSITION_DIGITS = 18  # what fits a signed 64-bit integer, as in SQLite
+MAX_MARKS = 6  # combining marks on one character; scripts stack four, 480 cover other lines
+MAX_SUBNEGOTIATION = 1024  # bytes of telnet's; a terminal's name and size take under 100
+MAX_TELNET_ANSWERS = 32  # a connection; a telnet asks for ten things at the most
 
 REPLAY = 20  # lines of the history for a newcomer that asks for nothing else
 
@@ -58,37 +62,6 @@ REPLAY = 20  # lines of the history for a newcomer that asks for nothing else
 
 class Refusal(ValueError):
     """What was given cannot be taken; its text says why and how to mend it."""
-
-
-def port(text: str) -> int:
-    """Read a port number off the command line."""
-    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port number; use 0 to 65535")
-    return int(text)
-
-
-def password(file: str | None, variable: str) -> str | None:
-    """Return the password in the first line of a file, else in a variable of the environment.
-
-    Raise `OSError` when the file cannot be read and `Refusal` when nothing is in it.
-    """
-    if file is None:
-        return os.environ.get(variable)
-    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
-        found = lines.readline().rstrip("\r\n")
-    if not found:
-        raise Refusal(f"{file} has no password in its first line; write one there")
-    return found
-
-
-def password_bytes(text: str) -> bytes:
-    """Return a password as it is sent and compared, in any room and from any file."""
-    return text.encode("utf-8", "surrogateescape")
-
-
-def fingerprint(certificate: bytes) -> str:
-    """Return the SHA-256 fingerprint of a DER-encoded certificate, as AB:CD:..."""
-    return hashlib.sha256(certificate).digest().hex(":").upper()
 
 
 # --- Framing -----------------------------------------------------------------
@@ -138,6 +111,57 @@ class Framer:
                 return
 
 
+class Telnet:
+    """Take telnet's own bytes out of a stream, whatever chunks it comes in (RFC 854).
+
+    What stands behind an 0xFF and is nothing of telnet's stays where it is, and
+    has its line refused.
+    """
+
+    IAC, DONT, DO, WONT, WILL, SB, SE = 0xFF, 0xFE, 0xFD, 0xFC, 0xFB, 0xFA, 0xF0
+    _COMMAND = re.compile(
+        rb"\xff(?:[\xf1-\xf9]|\xf0|([\xfb-\xfe])(.)"
+        rb"|\xfa(?:[^\xff]|\xff[^\xf0]){0,%d}?\xff\xf0)" % MAX_SUBNEGOTIATION,
+        re.DOTALL,
+    )
+    _BEGUN = re.compile(
+        rb"\xff(?:[\xfb-\xfe]?|\xfa(?:[^\xff]|\xff[^\xf0]){0,%d}\xff?)" % MAX_SUBNEGOTIATION,
+        re.DOTALL,
+    )
+
+    def __init__(self) -> None:
+        self.answers = b""  # to be sent; whoever sends them empties it
+        self._begun = b""  # a command of which the end has not come, at most
+        self._answered = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next bytes and return those that are text."""
+        if not self._begun and b"\xff" not in data:  # as nearly always
+            return data
+        data = self._begun + data
+        text, end = [], 0
+        while (start := data.find(b"\xff", end)) >= 0:
+            text.append(data[end:start])
+            if command := self._COMMAND.match(data, start):
+                self._answer(command)
+                end = command.end()
+            elif self._BEGUN.fullmatch(data, start):
+                self._begun = data[start:]
+                return b"".join(text)
+            else:
+                text.append(b"\xff")
+                end = start + 1
+        self._begun = b""
+        return b"".join([*text, data[end:]])
+
+    def _answer(self, command: re.Match[bytes]) -> None:
+        """Refuse what the other end asks for or offers; the rest needs no answer."""
+        refusal = {b"\xfd": self.WONT, b"\xfb": self.DONT}.get(command[1] or b"")
+        if refusal and self._answered < MAX_TELNET_ANSWERS:
+            self._answered += 1
+            self.answers += bytes([self.IAC, refusal]) + command[2]
+
+
 def foreign_protocol(start: bytes) -> str:
     """Name the other protocol that a connection's first bytes plainly belong to, or ''."""
     if start.startswith(b"\x16\x03"):  # a TLS handshake record, version 3.x
@@ -154,6 +178,8 @@ def foreign_protocol(start: bytes) -> str:
 
 _PLAIN = bytes(range(0x20, 0x7F)) + b"\n"  # what can be said in every format, and its newline
 _JOINER = re.compile(r"(?<=[^\s\u200c\u200d])[\u200c\u200d](?=[^\s\u200c\u200d])")
+_MARKS = ("Mn", "Me")  # categories of what is drawn on the character before
+_FILLERS = "\u2800\u3164\u115f\u1160\uffa0\u200c\u200d\U0001d159"  # letters, but empty ones
 _SPACE = re.compile(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 
 
@@ -187,6 +213,26 @@ def decode(line: bytes, fmt: str = FORMAT, limit: int = MAX_LINE) -> str:
     return text
 
 
+def check_look(text: str) -> None:
+    """Raise `Refusal` for a text that seems empty, or whose marks cover other lines."""
+    if text.isascii():
+        return
+    if is_blank(text):
+        raise Refusal("the line would look empty; write something that can be seen")
+    marks = 0
+    for character in text:
+        marks = marks + 1 if unicodedata.category(character) in _MARKS else 0
+        if marks > MAX_MARKS:
+            raise Refusal(f"a character has at most {MAX_MARKS} marks; send it with fewer")
+
+
+def is_blank(text: str) -> bool:
+    """Tell whether nothing of a text can be seen: blanks, fillers and marks without a letter."""
+    if text.isascii():
+        return not text.strip()
+    return all(c.isspace() or c in _FILLERS or unicodedata.category(c) in _MARKS for c in text)
+
+
 def encode(text: str, fmt: str = FORMAT, limit: int = MAX_LINE) -> bytes:
     """Turn text into a line with its newline; raise `Refusal` for what no line can carry."""
     try:
@@ -215,7 +261,6 @@ def escape(data: bytes | str, fmt: str = FORMAT) -> str:
 
 _NAME = rf"[A-Za-z][A-Za-z0-9_-]{{0,{MAX_NAME - 1}}}"
 _NAME_ALONE = re.compile(_NAME)
-_is_name = functools.lru_cache(256)(_NAME_ALONE.fullmatch)  # most lines are of the same people
 RESERVED = frozenset({"server"})
 
 
@@ -238,6 +283,14 @@ def fold(name: str) -> str:
     return name.lower()
 
 
+def look(name: str) -> str:
+    """Return the form of a name that is the same for all that look like it on a screen."""
+    return name.translate(_LOOKS).replace("rn", "m")
+
+
+_LOOKS = str.maketrans({"I": "l", "1": "l", "O": "0"})
+
+
 # --- What the client sends ---------------------------------------------------
 
 
@@ -249,36 +302,43 @@ class Introduction(NamedTuple):
     last: int = REPLAY  # how many of them
     wants_position: bool = False  # FROM was given: answer with ``-> at N``
     key: str = ""  # with it, its owner takes its place back from a lost connection
+    whispers: int | None = None  # private lines had under the key; None: it was not said
 
     def __str__(self) -> str:
         start = f"-{self.last}" if self.position is None else str(self.position)
+        if self.whispers is not None:
+            start += f"+{self.whispers}"
         return " ".join(filter(None, (self.name, start, self.key)))
 
 
-_FROM = re.compile(rf"-?\d{{1,{MAX_POSITION_DIGITS}}}", re.ASCII)
+_DIGITS = rf"\d{{1,{MAX_POSITION_DIGITS}}}"
+_FROM = re.compile(rf"(?P<last>-?)(?P<start>{_DIGITS})(?:\+(?P<whispers>{_DIGITS}))?", re.ASCII)
 _KEY = re.compile(rf"[0-9a-fA-F]{{{MIN_KEY},{MAX_KEY}}}")
 
 
 def introduction(text: str) -> Introduction:
     """Read the answer to ``NICK``: ``NAME [FROM [KEY]]``; raise `Refusal` for anything else."""
-    words = text.split()
-    if len(words) < 2:
+    name, *rest = text.split() or [""]
+    if not rest:
         return Introduction(check_name(text.strip()))
-    name, start, *key = words
-    if not _FROM.fullmatch(start) or len(key) > 1 or (key and not _KEY.fullmatch(key[0])):
-        raise Refusal("answer with NAME, NAME FROM or NAME FROM KEY; a name is one word")
-    is_last = start.startswith("-")
+    start = _FROM.fullmatch(rest[0])
+    key = "".join(rest[1:])
+    if not start or len(rest) > 2 or (key and not _KEY.fullmatch(key)):
+        raise Refusal(HOW_TO_ANSWER)
+    if start["whispers"] and not key:
+        raise Refusal(HOW_TO_ANSWER)
     return Introduction(
         check_name(name),
-        position=None if is_last else int(start),
-        last=int(start[1:]) if is_last else 0,
+        position=None if start["last"] else int(start["start"]),
+        last=int(start["start"]) if start["last"] else 0,
         wants_position=True,
-        key="".join(key),
+        key=key,
+        whispers=int(start["whispers"]) if start["whispers"] else None,
     )
 
 
-def as_said(lines: list[bytes], prefix: bytes) -> bool:
-    """Tell whether all lines came as the room says them, as nearly all do.
+def are_plain(lines: list[bytes], prefix: bytes) -> bool:
+    """Tell whether all lines came as the room shows them, as nearly all do.
 
     They are plain text behind ``alice: ``, the sender's name, and no commands.  A
     look at all of them at once costs a third of a look at each.
@@ -298,22 +358,27 @@ def as_said(lines: list[bytes], prefix: bytes) -> bool:
 def without_name(line: bytes, prefix: bytes) -> bytes:
     """Take ``alice: `` off a line, the sender's own name, as the classic client sends it.
 
-    In any case, and also where the blank is missing.
+    In upper or lower case; nothing else is taken off: ``std`` can say ``std::move``.
     """
-    if line.startswith(prefix):
-        return line[len(prefix) :]
-    bare = prefix[:-1]
-    if line[: len(bare)].lower() == bare.lower():
-        return line[len(bare) :].removeprefix(b" ")
-    return line
+    name, begin = prefix.lower(), line[: len(prefix)].lower()
+    return line[len(prefix) :] if begin in (name, name.rstrip()) else line
 
 
-def checked(line: bytes, prefix: bytes, fmt: str = FORMAT) -> bytes | Refusal:
-    """Return a client's line without its name as it may be said, or why it may not."""
-    try:
-        return without_name(decode(line, fmt).encode(fmt), prefix)
-    except Refusal as refusal:
-        return refusal
+def readable(line: bytes, prefix: bytes, fmt: str = FORMAT) -> bytes:
+    """Return a client's line without its name as it may be said; raise `Refusal`."""
+    text = decode(line, fmt)
+    rest = without_name(text.encode(fmt), prefix)
+    if rest.strip():
+        check_look(rest.decode(fmt))
+    if is_slip(rest.decode(fmt)):
+        raise Refusal(SLIP)
+    return rest
+
+
+def is_slip(text: str) -> bool:
+    """Tell whether a command stands behind blanks, where it would be said to everyone."""
+    verb = (command(text.lstrip()) or ("", ""))[0]
+    return text[:1].isspace() and verb in COMMANDS
 
 
 def is_command(line: bytes) -> bool:
@@ -339,20 +404,68 @@ def slash(text: str) -> str:
     return "/" + text if text.startswith("/") else text
 
 
+#: What clients can ask for: how it is written and what it does.
+COMMANDS = {
+    "help": ("/help", "list the commands"),
+    "names": ("/names", "see who is here"),
+    "me": ("/me ACTION", "say what you do"),
+    "msg": ("/msg NAME TEXT", "say something to one person alone"),
+    "nick": ("/nick NAME", "change your name"),
+    "history": ("/history [N]", "see the last N lines with their times"),
+    "search": ("/search WORD", "see the last lines with WORD in them"),
+    "quit": ("/quit", "leave"),
+    "op": ("/op PASSWORD", "become an operator, who can do what follows"),
+    "kick": ("/kick NAME [REASON]", "put somebody out"),
+    "ban": ("/ban NAME [MINUTES] [REASON]", "put somebody out for good or for a while"),
+    "unban": ("/unban NAME", "let somebody in again"),
+    "bans": ("/bans", "see who is banned"),
+}
+ALIASES = {"r": "reply"}
+
+
 # --- What the server sends ---------------------------------------------------
+
+
+class Shape:
+    """How one kind of line is written: `build` makes it of its parts, `read` finds them in it."""
+
+    _PARTS = (("count", _DIGITS), ("more", _DIGITS), ("text", ".*"))
+    _NAMES = (("name", _NAME), ("new", _NAME), ("by", _NAME))
+
+    def __init__(self, template: str) -> None:
+        self.build = template.format
+        pattern = re.escape(template)
+        for part, form in self._NAMES + self._PARTS:
+            pattern = pattern.replace(rf"\{{{part}\}}", f"(?P<{part}>{form})")
+        self.read = re.compile(pattern, re.DOTALL | re.ASCII).fullmatch
 
 
 class Kind(enum.Enum):
     """What a line from the server is; its first word tells."""
 
+    SAID = "said"
+    DID = "did"
+    NOTICE = "notice"  # the room announces
+    PRIVATE = "private"
+    ANSWER = "answer"  # to you alone
     NICK = "nick"  # tell me your name
     PASS = "pass"  # tell me the room's password
-    SAID = "said"  # alice: text
-    DID = "did"  # ** alice text
-    NOTICE = "notice"  # * text
-    PRIVATE = "private"  # [from bob] text
-    ANSWER = "answer"  # -> text
     UNKNOWN = "unknown"  # not of this wire
+
+
+#: The lines of the wire, the most frequent first.
+SHAPES = {
+    Kind.SAID: Shape("{name}: {text}"),
+    Kind.DID: Shape("** {name} {text}"),
+    Kind.NOTICE: Shape("* {text}"),
+    Kind.PRIVATE: Shape("[from {name}] {text}"),
+    Kind.ANSWER: Shape("-> {text}"),
+    Kind.NICK: Shape("NICK"),
+    Kind.PASS: Shape("PASS"),
+    Kind.UNKNOWN: Shape("{text}"),
+}
+_read_said = SHAPES[Kind.SAID].read
+_IN_ROOM = frozenset({Kind.SAID, Kind.DID, Kind.NOTICE})
 
 
 class Line(NamedTuple):
@@ -372,87 +485,117 @@ class Line(NamedTuple):
         return self.kind in _IN_ROOM
 
     def __str__(self) -> str:
-        return _FORMS[self.kind].format(name=self.name, text=self.text)
-
-
-_IN_ROOM = frozenset({Kind.SAID, Kind.DID, Kind.NOTICE})
-_FORMS = {
-    Kind.NICK: "NICK",
-    Kind.PASS: "PASS",
-    Kind.SAID: "{name}: {text}",
-    Kind.DID: "** {name} {text}",
-    Kind.NOTICE: "* {text}",
-    Kind.PRIVATE: "[from {name}] {text}",
-    Kind.ANSWER: "-> {text}",
-    Kind.UNKNOWN: "{text}",
-}
-_LINE = re.compile(
-    rf"\*\* (?P<did>{_NAME}) (?P<did_text>.*)"
-    rf"|\[from (?P<private>{_NAME})\] (?P<private_text>.*)"
-    r"|\* (?P<notice_text>.*)"
-    r"|-> (?P<answer_text>.*)",
-    re.DOTALL,
-)
+        return SHAPES[self.kind].build(name=self.name, text=self.text)
 
 
 def parse(line: str) -> Line:
     """Tell what a line from the server is; the inverse of ``str(line)``."""
-    if line == "NICK" or line == "PASS":
-        return Line(Kind(line.lower()), "", "")
-    kind, name, text = parts(line)
-    return Line(Kind(kind), name, text)
+    for kind, shape in SHAPES.items():
+        if match := shape.read(line):
+            parts = match.groupdict("")
+            return Line(kind, parts.get("name", ""), parts.get("text", ""))
+    return Line(Kind.UNKNOWN, "", line)
 
 
 def parts(line: str) -> tuple[str, str, str]:
-    """Return the value of a line's kind, its name and its text: what the history stores."""
-    name, colon, text = line.partition(": ")
-    if colon and _is_name(name):
-        return "said", name, text
-    match = _LINE.fullmatch(line)
-    if match is None or match.lastgroup is None:
-        return "unknown", "", line
-    kind = match.lastgroup.removesuffix("_text")
-    name = match[kind] if kind in match.groupdict() else ""
-    return kind, name, match[match.lastgroup]
+    """Return the value of a line's kind, its name and its text: what a history stores."""
+    if match := _read_said(line):  # as nearly all are
+        return "said", match[1], match[2]
+    kind, name, text = parse(line)
+    return kind.value, name, text
 
 
 def said(name: str, text: str) -> str:
     """``alice: text``."""
-    return f"{name}: {text}"
+    return SHAPES[Kind.SAID].build(name=name, text=text)
 
 
 def did(name: str, text: str) -> str:
     """``** alice text``."""
-    return f"** {name} {text}"
+    return SHAPES[Kind.DID].build(name=name, text=text)
+
+
+def notice(text: str) -> str:
+    """``* text``."""
+    return SHAPES[Kind.NOTICE].build(text=text)
 
 
 def private(name: str, text: str) -> str:
     """``[from alice] text``."""
-    return f"[from {name}] {text}"
+    return SHAPES[Kind.PRIVATE].build(name=name, text=text)
 
 
 def answer(text: str) -> str:
     """``-> text``."""
-    return f"-> {text}"
+    return SHAPES[Kind.ANSWER].build(text=text)
+
+
+# --- What the room announces -------------------------------------------------
+
+
+class Event(enum.Enum):
+    """What a line of the room announces of somebody."""
+
+    JOINED = Shape("* {name} joined the chat")
+    LEFT = Shape("* {name} left the chat")
+    RENAMED = Shape("* {name} is now {new}")
+    KICKED = Shape("* {name} was kicked by {by}")
+    KICKED_FOR = Shape("* {name} was kicked by {by}: {text}")
+
+
+class Announcement(NamedTuple):
+    """What a ``*`` line tells: somebody joined, left, was kicked, or has a new name."""
+
+    event: Event
+    name: str
+    new: str = ""  # the new name, of `Event.RENAMED` alone
+
+
+def announcement(line: str) -> Announcement | None:
+    """Tell what a line of the room announces; None when it is somebody's words or unknown."""
+    for event in Event:
+        if match := event.value.read(line):
+            kind = Event.KICKED if event is Event.KICKED_FOR else event
+            return Announcement(kind, match["name"], match.groupdict().get("new", ""))
+    return None
 
 
 def joined(name: str) -> str:
     """``* alice joined the chat``."""
-    return f"* {name} joined the chat"
+    return Event.JOINED.value.build(name=name)
 
 
 def left(name: str) -> str:
     """``* alice left the chat``."""
-    return f"* {name} left the chat"
+    return Event.LEFT.value.build(name=name)
 
 
 def renamed(old: str, new: str) -> str:
     """``* alice is now alicia``."""
-    return f"* {old} is now {new}"
+    return Event.RENAMED.value.build(name=old, new=new)
 
+
+def kicked(name: str, by: str, reason: str) -> str:
+    """``* bob was kicked by alice: reason``."""
+    event = Event.KICKED_FOR if reason else Event.KICKED
+    return event.value.build(name=name, by=by, text=reason)
+
+
+# --- What the server answers -------------------------------------------------
 
 WELCOME_NAMES = 20  # in a greeting; /names lists the others
 LISTED_NAMES = 500  # in the answer to /names: some ten lines, also in a stadium
+
+_AT = Shape("-> at {count}")
+_AT_BOTH = Shape("-> at {count}+{more}")
+_MISSED = Shape("-> missed {count} lines")
+_MISSED_ONE = Shape("-> missed {count} line")
+_MISSED_PRIVATE = Shape("-> missed {count} private lines")
+_MISSED_PRIVATE_ONE = Shape("-> missed {count} private line")
+_HERE = Shape("-> {count} here: {text}")
+_NOW_NAMED = Shape("-> you are now {new}")
+_SENT_TO = Shape("-> to {name}: {text}")
+_NOT_SENT = Shape("-> not sent: {text}")
 
 
 def welcome(name: str, others: list[str], count: int) -> str:
@@ -494,28 +637,75 @@ def listed(text: str) -> tuple[list[str], bool]:
 
 def names_in(line: str) -> tuple[int, str] | None:
     """Return N and the names of ``-> N here: alice, bob,``, the first of `here`; else None."""
-    match = re.fullmatch(r"-> (\d+) here: (.*)", line, re.ASCII)
-    return (int(match[1]), match[2]) if match else None
+    match = _HERE.read(line)
+    return (int(match["count"]), match["text"]) if match else None
 
 
-def at(position: int) -> str:
-    """Tell the position of the next room line."""
-    return answer(f"at {position}")
+def at(position: int, whispers: int | None = None) -> str:
+    """Tell the position of the next room line, and how many private lines came before."""
+    if whispers is None:
+        return _AT.build(count=position)
+    return _AT_BOTH.build(count=position, more=whispers)
+
+
+def position_in(line: str) -> int | None:
+    """Return N of ``-> at N`` or ``-> at N+M``, else None."""
+    match = _AT.read(line) or _AT_BOTH.read(line)
+    return int(match["count"]) if match else None
+
+
+def whispers_in(line: str) -> int | None:
+    """Return M of ``-> at N+M``, else None."""
+    match = _AT_BOTH.read(line)
+    return int(match["more"]) if match else None
 
 
 def missed(count: int) -> str:
     """Tell how many room lines were skipped."""
-    return answer(f"missed {count} line{'' if count == 1 else 's'}")
+    return (_MISSED_ONE if count == 1 else _MISSED).build(count=count)
+
+
+def missed_in(line: str) -> int | None:
+    """Return N of ``-> missed N lines``, else None."""
+    match = _MISSED.read(line) or _MISSED_ONE.read(line)
+    return int(match["count"]) if match else None
+
+
+def missed_private(count: int) -> str:
+    """Tell how many private lines are not to be had any more."""
+    return (_MISSED_PRIVATE_ONE if count == 1 else _MISSED_PRIVATE).build(count=count)
+
+
+def missed_private_in(line: str) -> int | None:
+    """Return N of ``-> missed N private lines``, else None."""
+    match = _MISSED_PRIVATE.read(line) or _MISSED_PRIVATE_ONE.read(line)
+    return int(match["count"]) if match else None
 
 
 def not_sent(why: object) -> str:
     """Refuse a line that was to be said."""
-    return answer(f"not sent: {why}")
+    return _NOT_SENT.build(text=why)
 
 
 def is_refusal(line: str) -> bool:
     """Tell whether a line is ``-> not sent: ...``."""
-    return line.startswith(not_sent(""))
+    return _NOT_SENT.read(line) is not None
+
+
+def sent_to(name: str, text: str) -> str:
+    """Confirm a private line."""
+    return _SENT_TO.build(name=name, text=text)
+
+
+def now_named(name: str) -> str:
+    """Confirm a new name."""
+    return _NOW_NAMED.build(new=name)
+
+
+def name_in(line: str) -> str | None:
+    """Return the name of ``-> you are now NAME``, else None."""
+    match = _NOW_NAMED.read(line)
+    return match["new"] if match else None
 
 
 def may_answer(line: str, verb: str) -> bool:
@@ -523,64 +713,122 @@ def may_answer(line: str, verb: str) -> bool:
 
     Other commands have answers of many lines, which must not be taken for these.
     """
-    forms = [not_sent("")]
-    if verb == "nick":
-        forms += [answer("you are now "), answer("usage: /nick")]
-    elif verb == "msg":
-        forms += [answer("to "), answer("usage: /msg")]
-    elif verb:
+    if is_refusal(line):
         return True
-    return line.startswith(tuple(forms))
+    if verb == "nick":
+        return name_in(line) is not None or line.startswith(answer("usage: /nick"))
+    if verb in ("msg", "reply", "r"):
+        usages = answer("usage: /msg"), answer("usage: /reply")
+        return _SENT_TO.read(line) is not None or line.startswith(usages)
+    return bool(verb)
 
 
-def sent_to(name: str, text: str) -> str:
-    """Confirm a private line."""
-    return answer(f"to {name}: {text}")
+def usage(verb: str) -> str:
+    """Tell how a command is written and what it does."""
+    form, purpose = COMMANDS[verb]
+    return answer(f"usage: {form}, to {purpose}")
 
 
-def kicked(name: str, by: str, reason: str) -> str:
-    """``* bob was kicked by alice: reason``."""
-    return f"* {name} was kicked by {by}" + (f": {reason}" if reason else "")
+def help_lines() -> list[str]:
+    """Tell of all commands, a line each."""
+    width = max(len(form) for form, _ in COMMANDS.values())
+    return [answer(f"{form:{width}}  {purpose}") for form, purpose in COMMANDS.values()]
+
+
+def unknown_command(verb: str) -> str:
+    """Answer a command that there is not."""
+    return answer(f"there is no /{verb[:20]}; /help lists the commands")
+
+
+def recalled(when: float, line: str) -> str:
+    """Tell a line of the history with its time (seconds since the epoch)."""
+    return answer(f"{stamp(when)} {line}")
+
+
+def stamp(when: float) -> str:
+    """Return a time (seconds since the epoch) as it stands on the wire: ``2026-11-25 16:31Z``."""
+    return time.strftime("%Y-%m-%d %H:%MZ", time.gmtime(when))
+
+
+def nobody_said(word: str) -> str:
+    """Answer a search that found nothing."""
+    return answer(f"nobody said {word}")
+
+
+def because(text: str, reason: str) -> str:
+    """Return a text with its reason, if there is one."""
+    return f"{text}: {reason}" if reason else text
 
 
 def you_were_kicked(by: str, reason: str) -> str:
     """Tell somebody to be put out, and why."""
-    return answer(f"you were kicked by {by}" + (f": {reason}" if reason else ""))
+    return answer(because(f"you were kicked by {by}", reason))
 
 
-def you_are_banned(by: str, how: str) -> str:
+def ban_lasts(until: float, reason: str) -> str:
+    """Tell how long a ban holds, in seconds since the epoch (0 is for good), and why."""
+    return because(f"until {stamp(until)}" if until else "for good", reason)
+
+
+def you_are_banned(by: str, until: float, reason: str) -> str:
     """Tell somebody who may not come in, by whom and until when."""
-    return answer(f"you are banned by {by} {how}")
+    return answer(f"you are banned by {by} {ban_lasts(until, reason)}")
 
 
-def now_named(name: str) -> str:
-    """Confirm a new name."""
-    return answer(f"you are now {name}")
+def banned(whom: str, until: float, reason: str, *, note: str = "") -> str:
+    """Confirm a ban; `note` says what it does not do."""
+    return answer(f"{whom} may not come in {ban_lasts(until, reason)}{note}")
 
 
-#: What clients can ask for: how it is written and what it does.
-COMMANDS = {
-    "help": ("/help", "list the commands"),
-    "names": ("/names", "see who is here"),
-    "me": ("/me ACTION", "say what you do"),
-    "msg": ("/msg NAME TEXT", "say something to one person alone"),
-    "nick": ("/nick NAME", "change your name"),
-    "history": ("/history [N]", "see the last N lines with their times"),
-    "search": ("/search WORD", "see the last lines with WORD in them"),
-    "quit": ("/quit", "leave"),
-    "op": ("/op PASSWORD", "become an operator, who can do what follows"),
-    "kick": ("/kick NAME [REASON]", "put somebody out"),
-    "ban": ("/ban NAME [MINUTES] [REASON]", "put somebody out for good or for a while"),
-    "unban": ("/unban NAME", "let somebody in again"),
-    "bans": ("/bans", "see who is banned"),
-}
+def ban_listed(name: str, address: str, by: str, until: float, reason: str) -> str:
+    """Tell of one ban."""
+    return answer(f"{name} {address or '-'} by {by} {ban_lasts(until, reason)}")
 
+
+def was_put_out(name: str) -> str:
+    """Confirm a kick."""
+    return answer(f"{name} was put out")
+
+
+def unbanned(name: str) -> str:
+    """Confirm the end of a ban."""
+    return answer(f"{name} may come in again")
+
+
+# Reasons, of a refusal or behind ``-> not sent: ``.
+HOW_TO_ANSWER = "answer with NAME, NAME FROM or NAME FROM KEY; a name is one word"
+SLIP = "begin the line with the slash, or with // to say it"
+NAME_TAKEN = "the name {name} is taken; choose another"
+NAME_LOOKS_TAKEN = "the name {name} looks like {other}, who is here; choose another"
+NAME_BANNED = "the name {name} is banned; choose another"
+NOBODY_CALLED = "nobody here is called {name}; /names lists who is here"
+HAS_LEFT = "{name} has left already"
+NOT_READING = "{name} is not reading; try again later"
+NOBODY_WROTE = "nobody has written to you alone yet; /msg NAME TEXT writes first"
+NOT_BANNED = "nobody called {name} is banned; /bans lists who is"
+OWN_BAN = "that would put you out too; choose somebody else"
+UNFORESEEN = "something went wrong here; try again"
+
+# Answers.
 NOTHING_SAID = answer("nothing has been said yet")
 NOT_STORED = not_sent("it could not be stored; try again later")
+NOT_KEPT = answer("it could not be stored, and will be forgotten when the server ends")
+UNTIL_THE_END = ", or until the server ends: it keeps no history"
+UNREADABLE = answer("the history cannot be read; try again later")
+HISTORY_USAGE = answer("usage: /history [N], N from 1 to {most}")
+ONLY_OPERATORS = answer("only operators can do that; /op PASSWORD makes you one")
+NO_OPERATORS = answer("this room has no operators")
+NO_MORE_OP_TRIES = answer("that was the third wrong password; there are no more tries here")
+OPERATOR = answer("you are an operator; /kick, /ban, /unban and /bans are yours")
+NOBODY_BANNED = answer("nobody is banned")
+OPERATOR_NO_MORE = answer("you are no operator any more; /op PASSWORD makes you one")
 BYE = answer("bye")
+WAITING = answer("the room is waiting; what you say is kept")
+WAITING_AT_THE_DOOR = answer("the room is waiting; try again later")
+GOES_ON = answer("the room goes on")
 ROOM_FULL = answer("the room is full; try again later")
 ADDRESS_FULL = answer("too many connections from your address; close one and try again")
-NAME_TAKEN = "the name {name} is taken; choose another"
+TOO_MANY_UNNAMED = answer("too many connections without a name; connect again")
 NO_MORE_TRIES = answer("that was the third try; connect again when you have another name")
 BUSY = answer("the server is busy; try again later")
 WRONG_PASSWORD = answer("wrong password")
@@ -618,22 +866,49 @@ def is_final(line: str) -> bool:
     return line.startswith(_FINAL) or is_put_out(line)
 
 
-def position_in(line: str) -> int | None:
-    """Return N of ``-> at N``, else None."""
-    match = re.fullmatch(r"-> at (\d+)", line, re.ASCII)
-    return int(match[1]) if match else None
+# --- Off the command line, and secrets ---------------------------------------
 
 
-def missed_in(line: str) -> int | None:
-    """Return N of ``-> missed N lines``, else None."""
-    match = re.fullmatch(r"-> missed (\d+) lines?", line, re.ASCII)
-    return int(match[1]) if match else None
+def port(text: str) -> int:
+    """Read a port number off the command line."""
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port number; use 0 to 65535")
+    return int(text)
 
 
-def name_in(line: str) -> str | None:
-    """Return the name of ``-> you are now NAME``, else None."""
-    match = re.fullmatch(rf"-> you are now ({_NAME})", line)
-    return match[1] if match else None
+def password(file: str | None, variable: str) -> str | None:
+    """Return the password in the first line of a file, else in a variable of the environment.
+
+    Raise `OSError` when the file cannot be read and `Refusal` when nothing is in it.
+    """
+    if file is None:
+        return os.environ.get(variable)
+    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+        found = lines.readline().rstrip("\r\n")
+    if not found:
+        raise Refusal(f"{file} has no password in its first line; write one there")
+    return found
+
+
+def password_bytes(text: str) -> bytes:
+    """Return a password as it is sent and compared, in any room and from any file."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def fingerprint(certificate: bytes) -> str:
+    """Return the SHA-256 fingerprint of a DER-encoded certificate, as AB:CD:..."""
+    return hashlib.sha256(certificate).digest().hex(":").upper()
+
+
+def is_password(given: bytes, right: bytes) -> bool:
+    """Compare two passwords in a time that tells nothing of either."""
+    hashes = (hashlib.sha256(one).digest() for one in (given, right))
+    return hmac.compare_digest(*hashes)
+
+
+def is_same_key(one: str, other: str) -> bool:
+    """Compare two keys in a time that tells nothing; no key matches none."""
+    return bool(one) and hmac.compare_digest(one, other)
 
 
 class Event(enum.Enum):

@@ -73,7 +73,7 @@ MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read fr
 OUTBOX_LINES = 1000  # private lines waiting for one client
 OUTBOX_BYTES = 256 * 1024
 BURST = 20  # lines that a client may send at once before the rate counts
-STAMP = "%Y-%m-%d %H:%M"  # how times are shown
+STAMP = "%Y-%m-%d %H:%MZ"  # how times are shown
 TRIES = 3  # at a name or a password
 WRONG_DELAY = 1.0  # seconds after a wrong password
 MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
@@ -211,7 +211,7 @@ class Ban(NamedTuple):
     def __str__(self) -> str:
         until = "for good"
         if self.until:
-            until = f"until {time.strftime(STAMP, time.localtime(self.until))}"
+            until = f"until {time.strftime(STAMP, time.gmtime(self.until))}"
         return until + (f": {self.reason}" if self.reason else "")
 
 
@@ -736,7 +736,7 @@ class Room:
     def _check_bans(self, name: str, host: str) -> None:
         for ban in self.bans:
             if ban.concerns(name, host):
-                raise Farewell("banned", protocol.you_are_banned(ban.by, str(ban)))
+                raise Farewell("banned", protocol.you_are_banned(ban.by, ban.until, ban.reason))
 
     def _has_space(self, author: Client) -> bool:
         return self._queued - self._placed < MAX_QUEUED and not _outbox_full(author)
@@ -1197,7 +1197,7 @@ def _quit(room: Room, client: Client, argument: str) -> Iterable[Entry]:
 def recalled(room: Room, client: Client, lines: list[tuple[float, str]]) -> list[Entry]:
     """Answer with lines of the history; as answers, for they have no position here."""
     return told(
-        room, client, *(f"{time.strftime(STAMP, time.localtime(t))} {line}" for t, line in lines)
+        room, client, *(f"{time.strftime(STAMP, time.gmtime(t))} {line}" for t, line in lines)
     )
 
 
@@ -1527,12 +1527,12 @@ class ChatServer(Room):
 
     def _hear(self, client: Client, lines: list[bytes]) -> None:
         """Put what a client says into the room's queue and do what it asks for."""
-        if protocol.as_said(lines, client.prefix):
+        if protocol.are_plain(lines, client.prefix):
             self.broadcast([Said(lines, client)], client)
             return
         said: list[bytes] = []
         for line in lines:
-            text = protocol.checked(line, client.prefix, self.fmt)
+            text = self._checked(line, client.prefix)
             if isinstance(text, Refusal) or protocol.is_command(text):
                 if said:
                     self.broadcast([Said(said, client)], client)
@@ -1542,6 +1542,12 @@ class ChatServer(Room):
                 said.append(client.prefix + protocol.unslash(text))
         if said:
             self.broadcast([Said(said, client)], client)
+
+    def _checked(self, line: bytes, prefix: bytes) -> bytes | Refusal:
+        try:
+            return protocol.readable(line, prefix, self.fmt)
+        except Refusal as refusal:
+            return refusal
 
     def _part(self, client: Client, reason: str, last_line: str) -> None:
         """The one way out, whatever ended a client."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import os
 import re
@@ -17,7 +18,7 @@ from trust import consecutive, integrity, position_of, stored
 
 from server import Ban, ChatServer
 
-STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d"
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\dZ"
 WAL_SIDE_FILES = ("-wal", "-shm", "-journal")
 
 
@@ -219,14 +220,14 @@ def test_history_command_reaches_back_beyond_memory(file: Path) -> None:
 
 def test_times_are_those_at_which_it_was_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """/history after a restart shows when a line was said, not when the server started."""
-    day = time.mktime((2021, 3, 4, 5, 6, 7, 0, 0, -1))
+    day = calendar.timegm((2021, 3, 4, 5, 6, 7, 0, 0, 0))
     with monkeypatch.context() as then:
         then.setattr(time, "time", lambda: day)
         made(file, "long ago")
     with run_chat(history=str(file)) as room:
         bob = Peer(room.port).join("bob")
         bob.send("/search long ago")
-        bob.expect("-> 2021-03-04 05:06 alice: long ago")
+        bob.expect("-> 2021-03-04 05:06Z alice: long ago")
 
 
 @pytest.mark.parametrize("word", ["50%", "a_b", "back\\slash", "it's", '"', "%", "_", "\\"])

@@ -610,10 +610,10 @@ def test_ban_for_minutes_tells_until_when_and_ends(
     alice, bob = operator(room), Peer(room.port).join("bob")
     alice.send("/ban bob 10 cool down")
     bob.rest()
-    until = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + 600))
+    until = time.strftime("%Y-%m-%d %H:%MZ", time.gmtime(time.time() + 600))
     told = turned_away(room.port, "bob")
     assert re.fullmatch(
-        r"-> you are banned by alice until \d{4}-\d\d-\d\d \d\d:\d\d: cool down", told
+        r"-> you are banned by alice until \d{4}-\d\d-\d\d \d\d:\d\dZ: cool down", told
     )
     assert until[:15] <= told.partition("until ")[2][:16]
     clock(590)

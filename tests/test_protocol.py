@@ -333,6 +333,8 @@ KEY = "0123456789abcdefABCDEF"
         ("alice 0", Introduction("alice", 0, 0, True)),
         (f"alice -20 {KEY}", Introduction("alice", None, 20, True, KEY)),
         (f"alice 7 {KEY}", Introduction("alice", 7, 0, True, KEY)),
+        (f"alice 7+3 {KEY}", Introduction("alice", 7, 0, True, KEY, 3)),
+        (f"alice -20+0 {KEY}", Introduction("alice", None, 20, True, KEY, 0)),
     ],
 )
 def test_introductions(text: str, expected: Introduction) -> None:
@@ -350,6 +352,9 @@ def test_introductions(text: str, expected: Introduction) -> None:
         "alice +5",
         "alice --5",
         "alice 1.5",
+        "alice 5+3",
+        "alice -5+3",
+        f"alice 5+ {KEY}",
         "alice 5 short",
         f"alice 5 {'0' * 15}",
         f"alice 5 {'0' * 129}",
@@ -375,6 +380,7 @@ def test_malformed_introductions_are_refused(text: str) -> None:
         Introduction("alice", 1041, 0, True),
         Introduction("alice", None, 20, True, KEY),
         Introduction("alice", 12, 0, True, KEY),
+        Introduction("alice", 12, 0, True, KEY, 345),
     ],
 )
 def test_an_introduction_reads_back_as_it_was_written(asked: Introduction) -> None:
@@ -419,7 +425,9 @@ def test_a_name_with_a_hyphen_is_no_ssh() -> None:
     ("line", "text"),
     [
         ("alice: hello", "hello"),
-        ("Alice:hello", "hello"),
+        ("Alice: hello", "hello"),
+        ("alice:hello", "alice:hello"),
+        ("alice::move", "alice::move"),
         ("ALICE:  hello", " hello"),
         ("hello", "hello"),
         ("bob: hello", "bob: hello"),
@@ -459,20 +467,19 @@ EXTRAORDINARY = [
 def test_lines_as_the_room_says_them_are_recognised(number: int) -> None:
     """Those under the sender's name are, however many; one other among them is enough."""
     ordinary = (ORDINARY * 2)[:number]
-    assert protocol.as_said(ordinary, b"alice: ")
+    assert protocol.are_plain(ordinary, b"alice: ")
     for other in EXTRAORDINARY:
         for index in range(number + 1):
             mixed = [*ordinary[:index], other, *ordinary[index:]]
-            assert not protocol.as_said(mixed, b"alice: "), mixed
-    assert not protocol.as_said([], b"alice: ")
+            assert not protocol.are_plain(mixed, b"alice: "), mixed
+    assert not protocol.are_plain([], b"alice: ")
 
 
 @pytest.mark.parametrize("line", ORDINARY)
 @pytest.mark.parametrize("fmt", protocol.FORMATS)
 def test_a_line_recognised_so_is_what_a_closer_look_makes_of_it(line: bytes, fmt: str) -> None:
     """Taking such a line as it is and taking it apart come to the same."""
-    text = protocol.checked(line, b"alice: ", fmt)
-    assert isinstance(text, bytes)
+    text = protocol.readable(line, b"alice: ", fmt)
     assert not protocol.is_command(text)
     assert b"alice: " + protocol.unslash(text) == line
 
@@ -606,3 +613,119 @@ def test_a_welcome_names_some_and_counts_the_others() -> None:
     assert line.endswith(f"{names[protocol.WELCOME_NAMES - 1]} and 980 more")
     assert "first" not in line
     assert "first" in protocol.welcome("alice", [], 0)
+
+
+# --- Telnet ------------------------------------------------------------------
+
+TELNET = [
+    (b"ali\xff\xf4\xff\xfd\x06ce\n", b"alice\n", b"\xff\xfc\x06"),
+    (b"\xff\xfb\x01\xff\xfc\x01\xff\xfe\x03hi", b"hi", b"\xff\xfe\x01"),
+    (b"\xff\xfa\x18\x00xterm\xff\xffa\xff\xf0hi", b"hi", b""),
+    (b"\xff\xf1\xff\xf0hi", b"hi", b""),
+    (b"caf\xff\xe9", b"caf\xff\xe9", b""),
+    (b"\xff\xff\n", b"\xff\xff\n", b""),
+    (b"\xff\xfa" + b"x" * 1025 + b"\xff\xf0", b"\xff\xfa" + b"x" * 1025, b""),
+]
+
+
+@pytest.mark.parametrize(("data", "text", "answers"), TELNET)
+def test_telnets_own_bytes_are_taken_out(data: bytes, text: bytes, answers: bytes) -> None:
+    """Commands go and are refused where they ask; what else stands behind an 0xFF stays."""
+    telnet = protocol.Telnet()
+    assert telnet.feed(data) == text
+    assert telnet.answers == answers
+
+
+@pytest.mark.parametrize(("data", "text", "answers"), TELNET)
+def test_telnets_bytes_are_taken_out_however_they_come(
+    data: bytes, text: bytes, answers: bytes
+) -> None:
+    """Byte by byte, the same text and the same answers come out."""
+    telnet = protocol.Telnet()
+    assert b"".join(telnet.feed(bytes([byte])) for byte in data) == text
+    assert telnet.answers == answers
+
+
+def test_telnet_is_answered_so_often_and_no_more() -> None:
+    """Whoever asks a thousand times is answered thirty-two times."""
+    telnet = protocol.Telnet()
+    assert telnet.feed(b"\xff\xfd\x01" * 1000) == b""
+    assert telnet.answers == b"\xff\xfc\x01" * 32
+
+
+# --- What looks like something else ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("alice", "aIice"), ("Bill", "BiIl"), ("mark", "rnark"), ("O1", "0I")]
+)
+def test_names_that_look_alike(one: str, other: str) -> None:
+    """Names that a screen shows alike have one look."""
+    assert protocol.look(one) == protocol.look(other)
+
+
+def test_names_that_only_sound_alike() -> None:
+    """Ian and Lan are two people."""
+    assert protocol.look("Ian") != protocol.look("Lan")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\u2800", "\u3164", "\u115f", "\uffa0", "\u00a0", "\u3000", "\ufe0f", "\u0301", " \u3164 "],
+)
+def test_what_looks_empty_is_refused(text: str) -> None:
+    """A line of fillers, odd blanks and marks alone cannot be said."""
+    assert protocol.is_blank(text)
+    with pytest.raises(Refusal, match="look empty"):
+        protocol.readable(text.encode(), b"alice: ", "utf-8")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "h\u00e9",
+        "e\u0301",
+        "1\ufe0f\u20e3",
+        "\u0e19\u0e49\u0e33",
+        "\u0928\u092e\u0938\u094d\u0924\u0947",
+    ],
+)
+def test_marks_on_letters_are_said(text: str) -> None:
+    """What people write in any script passes."""
+    assert protocol.readable(text.encode(), b"alice: ", "utf-8") == text.encode()
+
+
+def test_a_pile_of_marks_is_refused() -> None:
+    """Marks that would cover the lines around are not passed on."""
+    with pytest.raises(Refusal, match="marks"):
+        protocol.readable(("e" + "\u0301" * 7).encode(), b"alice: ", "utf-8")
+
+
+@pytest.mark.parametrize("line", [b" /op secret", b"alice:  /msg bob psst", b"\t/OP secret"])
+def test_a_blank_before_a_command_is_a_slip(line: bytes) -> None:
+    """What would have been said to everyone is held back, with the remedy."""
+    with pytest.raises(Refusal, match="begin the line with the slash, or with // to say it"):
+        protocol.readable(line, b"alice: ")
+
+
+def test_a_blank_before_another_slash_is_text() -> None:
+    """A path is no slip."""
+    assert protocol.readable(b" /bin/sh: not found", b"alice: ") == b" /bin/sh: not found"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (protocol.joined("bob"), (protocol.Event.JOINED, "bob", "")),
+        (protocol.left("bob"), (protocol.Event.LEFT, "bob", "")),
+        (protocol.renamed("bob", "rob"), (protocol.Event.RENAMED, "bob", "rob")),
+        (protocol.kicked("bob", "al", ""), (protocol.Event.KICKED, "bob", "")),
+        (protocol.kicked("bob", "al", "is now rob"), (protocol.Event.KICKED, "bob", "")),
+        ("bob: * bob left the chat", None),
+        ("** bob joined the chat", None),
+        ("* bob waves", None),
+    ],
+)
+def test_what_the_room_announces_is_told(line: str, expected: tuple[object, ...] | None) -> None:
+    """Each announcement is told from the others and from what people say."""
+    assert protocol.announcement(line) == expected

@@ -600,7 +600,7 @@ def test_answers_stand_where_they_belong(room: ChatServer) -> None:
         alice.expect("-> there is no /no; /help lists the commands")
 
 
-STAMP = r"-> \d{4}-\d\d-\d\d \d\d:\d\d "
+STAMP = r"-> \d{4}-\d\d-\d\d \d\d:\d\dZ "
 
 
 def test_history_shows_the_last_lines_with_their_times(room: ChatServer) -> None:

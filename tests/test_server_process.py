@@ -350,7 +350,7 @@ def test_the_log_file_gets_what_the_console_gets(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def console(*options: str) -> Iterator[tuple[IO[bytes], int, Peer]]:
     """Run a talkative server; give its console, a pipe, its port, and alice, who sees it end."""
-    command = [sys.executable, SERVER, "-v", "--port", "0", *options]
+    command = [sys.executable, str(SERVER), "-v", "--port", "0", *options]
     with no_leaks(), subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         try:
             assert process.stderr is not None
