@@ -911,31 +911,6 @@ def is_same_key(one: str, other: str) -> bool:
     return bool(one) and hmac.compare_digest(one, other)
 
 
-class Event(enum.Enum):
-    """What a line of the room announces of somebody."""
-
-    JOINED = rf"\* (?P<name>{_NAME}) joined the chat"
-    LEFT = rf"\* (?P<name>{_NAME}) left the chat"
-    RENAMED = rf"\* (?P<name>{_NAME}) is now (?P<new>{_NAME})"
-    KICKED = rf"\* (?P<name>{_NAME}) was kicked by {_NAME}(: .*)?"
-
-
-class Announcement(NamedTuple):
-    """What a ``*`` line tells: somebody joined, left, was kicked, or has a new name."""
-
-    event: Event
-    name: str
-    new: str = ""  # the new name, of `Event.RENAMED` alone
-
-
-def announcement(line: str) -> Announcement | None:
-    """Tell what a line of the room announces; None when it is somebody's words or unknown."""
-    for event in Event:
-        if match := re.fullmatch(event.value, line):
-            return Announcement(event, match["name"], match.groupdict().get("new", ""))
-    return None
-
-
 # --- Carrying the bytes ------------------------------------------------------
 
 
