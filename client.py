@@ -25,9 +25,12 @@ from __future__ import annotations
 import _thread
 import abc
 import argparse
+import calendar
 import contextlib
 import enum
+import errno
 import io
+import math
 import os
 import random
 import re
@@ -64,6 +67,8 @@ from protocol import (
 )
 
 if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import Application
     from prompt_toolkit.completion import Completer
     from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
@@ -73,11 +78,19 @@ CONNECT_TIMEOUT = 10.0  # seconds for the connection, and again for being let in
 RETRY_FIRST = 0.5  # seconds before the first try to come back
 RETRY_MAX = 30.0  # seconds between tries at the most
 LEAVE_TIMEOUT = 3.0  # seconds for the server to say goodbye
+PATIENCE = 10.0  # seconds until a server that is silent, or has us wait, is spoken of
+CATCH_UP_TIMEOUT = 30.0  # seconds of silence in which a server that let us in tells nothing
 MAX_WAITING = 10_000  # lines not yet broadcast; with more, `send` waits
+MAX_WRITERS = 100  # names of who wrote to us alone
+MAX_HELD = 1000  # lines of a replay that are kept until it is complete; it may have no end
+MAX_POSITION = 10**protocol.MAX_POSITION_DIGITS - 1  # more than that no server takes
 MAX_TEXT = protocol.MAX_LINE - protocol.MAX_NAME - 2  # bytes, so that any name fits before it
 SEND_AHEAD = 16 * 1024  # bytes given to the socket at once
 # By which `receive` tells the main thread that it is over; SIGTERM may be ignored.
 ENDED = getattr(signal, "SIGUSR2", signal.SIGTERM)
+EXITS = ("exit", "quit", ":q")  # how other programs are left
+INTERRUPT_AGAIN = 2.0  # seconds in which a second Ctrl-C leaves
+HOW_TO_LEAVE = "Ctrl-C again, Ctrl-D or /quit leaves"
 
 
 # --- What happens ------------------------------------------------------------
@@ -113,6 +126,31 @@ class Notice(NamedTuple):
         return f"-- {self.text} --"
 
 
+def count_lines(count: int) -> str:
+    """Return how many lines, in words."""
+    return f"{count} line{'' if count == 1 else 's'}"
+
+
+class Mark(Notice):
+    """Stands between what was said earlier and what is said now."""
+
+
+BEFORE = Mark("above: said before you came")
+WHILE_AWAY = Mark("above: said while you were away")
+
+
+class Heard(Line):
+    """A line from the server."""
+
+    earlier = False  # said before we came, or while we were away
+
+
+class Earlier(Heard):
+    """A line that was said before we came, or while we were away."""
+
+    earlier = True
+
+
 # --- What is on its way ------------------------------------------------------
 
 
@@ -137,10 +175,14 @@ def typed(text: str) -> Typed:
     return Typed(text, verb, None)
 
 
+# Also with a slip before it, and on any line of several; a word alone may be a name.
+SECRET = re.compile(r"\s*(?:/+op\s+\S.*|op\s+\S+\s*)", re.IGNORECASE)
+
+
 def discreet(text: str) -> str:
     """Return what was typed without the password that may be in it."""
-    verb, argument = protocol.command(text) or ("", "")
-    return "/op ..." if verb == "op" and argument else text
+    lines = text.split("\n")
+    return "\n".join("/op ..." if SECRET.fullmatch(line) else line for line in lines)
 
 
 class Outgoing:
@@ -193,23 +235,30 @@ class Outgoing:
             self._sent.append(self._waiting.popleft()._replace(name=name))
             return self._sent[-1]
 
+    def new_name(self) -> str:
+        """Return the name in a ``/nick`` that was sent and not answered, or nothing."""
+        with self._changed:
+            last = self._sent[-1] if self._sent else None
+            return _new_name(last.text) if last and last.verb == "nick" else ""
+
     def take_new_name(self) -> str:
         """Return the name in a ``/nick`` that waits, which is done with then, or nothing."""
         with self._changed:
             for item in self._waiting:
                 if item.verb == "nick":
                     self._waiting.remove(item)
-                    return item.text.partition(" ")[2].strip()
+                    return _new_name(item.text)
         return ""
 
-    def confirm(self, line: Line) -> None:
-        """Take a line of the room as the receipt of a text, if it is one."""
+    def confirm(self, line: Line) -> bool:
+        """Take a line of the room as the receipt of a text; say whether it is one."""
         with self._changed:
             for item in self._sent:
                 if (item.echo, item.name) == ((line.kind, line.text), line.name):
                     self._sent.remove(item)
                     self._changed.notify_all()
-                    return
+                    return True
+        return False
 
     def answer(self, text: str) -> Typed | None:
         """Return the line that an answer is to, which is done with, or None."""
@@ -249,8 +298,23 @@ class Outgoing:
         with self._changed:
             return [item.text for item in self._waiting]
 
+    def count(self) -> int:
+        """Return how many lines have no receipt."""
+        with self._changed:
+            return self._count()
+
+    def is_quiet(self) -> bool:
+        """Tell whether nothing that was sent is without its receipt."""
+        with self._changed:
+            return not self._sent
+
     def _count(self) -> int:
         return len(self._waiting) + len(self._sent)
+
+
+def _new_name(text: str) -> str:
+    """Return the name in a ``/nick NAME``."""
+    return text.partition(" ")[2].strip()
 
 
 # --- Who and where we are ----------------------------------------------------
@@ -266,11 +330,17 @@ class Place:
         self.name = protocol.check_name(name)
         self.key = os.urandom(16).hex()  # takes our place back from a connection that is lost
         self.position: int | None = None  # of the next line of the room
+        self.whispers = 0  # private lines that came, since the key was first shown
+        self.counts = True  # the server counts them too, as far as we know
         self.present: list[str] = []  # the names here, who spoke last first
+        self.writers: list[str] = []  # who wrote to us alone, the last first
 
-    def introduction(self) -> str:
-        """Return the answer to ``NICK``."""
-        return str(Introduction(self.name, self.position, key=self.key))
+    def introduction(self, name: str) -> Introduction:
+        """Return the answer to ``NICK`` with which we come, or come back, under a name."""
+        if self.position is None or self.position > MAX_POSITION:
+            return Introduction(name, key=self.key)
+        whispers = self.whispers if self.counts else None
+        return Introduction(name, self.position, key=self.key, whispers=whispers)
 
     def follow(self, line: Line) -> None:
         """Go on behind a line of the room, and keep track of who is here."""
@@ -286,33 +356,60 @@ class Place:
         if self.position is not None:
             self.position += count
 
+    def hear_whisper(self, name: str) -> None:
+        """Count a private line, and remember who wrote it."""
+        self.whispers += 1
+        self.writers = [name, *(other for other in self.writers if other != name)][:MAX_WRITERS]
+
     def see(self, names: list[str]) -> None:
         """Take these as the names here, in the order that we know."""
         known = [name for name in self.present if name in names]
         self.present = known + [name for name in names if name not in known]
 
+    def is_own(self, line: Line) -> bool:
+        """Tell whether a line only says that we came or went."""
+        return str(line) in (protocol.joined(self.name), protocol.left(self.name))
+
     def _move(self, name: str, to: str) -> None:
-        self.present = [to] * bool(to) + [other for other in self.present if other != name]
+        self.present = [to] * bool(to) + [
+            other for other in self.present if other not in (name, to)
+        ]
+        self.writers = [to if other == name else other for other in self.writers]
 
 
 class Absence:
-    """The time from the loss of a connection until we are settled again, by however many tries.
+    """The time until we are settled, by however many tries: before we came, or after a loss.
 
     Touched only by the thread that runs `ChatClient.receive`; `next_try` is read by others.
     """
 
-    def __init__(self, since: float) -> None:
+    def __init__(self, since: float, *, first: bool = False) -> None:
         self.since = since  # when we last heard the server, in `time.monotonic` seconds
+        self.first = first  # we have not been here before
         self.next_try = since
-        self.lines: list[Line] = []  # what we missed, until it is complete
+        self.lines: deque[Heard] = deque()  # what came, until it is complete
         self.skipped = 0  # lines of the room that are not among it, as the server said
         self.unbroken = True  # as far as we know, nothing else is lacking
+        self.overflowed = False  # so much came that it is shown without being complete
         self.told = ""  # the last reason why we are not let in
 
-    def __str__(self) -> str:
-        missed = sum(line.in_room for line in self.lines) + self.skipped
-        lines = f"{missed} line{'' if missed == 1 else 's'} missed"
-        return f"back after {time.monotonic() - self.since:.0f} s, {lines}"
+    def heading(self, place: Place) -> Notice:
+        """Tell how long it was and how much was missed."""
+        missed = f", more than {len(self.lines)} lines missed"
+        if not self.overflowed:
+            count = self.skipped + sum(
+                line.in_room and not place.is_own(line) for line in self.lines
+            )
+            missed = f", {count_lines(count)} missed" if count else ""
+        return Notice(f"back after {time.monotonic() - self.since:.0f} s{missed}")
+
+    def split(self, place: Place) -> tuple[list[Earlier], list[Heard]]:
+        """Return what was said before we came, or came back, and what since."""
+        lines = list(self.lines)
+        entrance = protocol.joined(place.name)
+        ours = [at for at, line in enumerate(lines) if str(line) == entrance]
+        at = ours[-1] if ours else len(lines)
+        return [Earlier(*line) for line in lines[:at]], lines[at:]
 
 
 # --- One connection ----------------------------------------------------------
@@ -331,33 +428,45 @@ class RollCall:
 
     def __init__(self, count: int) -> None:
         self.names: list[str] = []
-        self._due = count
+        self._due = min(count, protocol.LISTED_NAMES)
 
     @property
     def is_complete(self) -> bool:
         """Whether all names have come, or the last line that tells how many others there are."""
         return self._due <= 0
 
-    def take(self, text: str) -> None:
-        """Take the names in one line of the answer."""
+    def take(self, text: str) -> bool:
+        """Take the names in one line of the answer; say whether it is one."""
         names, is_last = protocol.listed(text)
+        try:
+            for name in names:
+                protocol.check_name(name)
+        except Refusal:
+            self._due = 0  # the answer has ended, whatever its beginning said
+            return False
         self.names += names
-        self._due = 0 if is_last else self._due - len(names)
+        self._due = 0 if is_last else self._due - max(1, len(names))
+        return True
 
 
 class Session:
     """One connection to the server, from being dialled to being closed.
 
-    Only the thread that made it touches it, but for `shutdown`; others read `state`.
+    Only the thread that made it touches it, but for `shutdown`; others read `state`
+    and `progress`.  Times are `time.monotonic` seconds.
     """
 
-    def __init__(self, connection: Connection, waker: Waker, fmt: str) -> None:
+    def __init__(self, connection: Connection, waker: Waker, fmt: str, names: list[str]) -> None:
         self.state = State.AT_THE_DOOR
-        self.introduced = False  # our name is given
+        self.names = names  # to be given, the first of them now
+        self.introduced = False  # it is given
         self.password_given = False
         self.reason = ""  # what the server last had to say at the door
         self.roll_call: RollCall | None = None  # as soon as its first line has come
         self.heard = time.monotonic()  # when bytes last came
+        self.progress = self.heard  # when a receipt last came, or a line was sent and none was due
+        self.silence_told = 0.0  # the `heard` of the last silence that we spoke of
+        self.waits_since: float | None = None  # the server said that the room is waiting
         self._fmt = fmt
         self._connection = connection
         self._framer = Framer(protocol.MAX_SERVER_LINE)
@@ -375,26 +484,32 @@ class Session:
         """Let a line be sent by `exchange`."""
         self._unsent += line
 
-    def exchange(self, deadline: float | None = None) -> list[Line]:
-        """Send, wait for something to happen and return the lines that came.
+    def exchange(self, deadline: float | None = None) -> list[Heard]:
+        """Send, wait for something to happen, or for the deadline, and return what came.
 
-        Raise `OSError` when the connection has ended, or the deadline has passed.
+        Raise `OSError` when the connection has ended.
         """
         self._unsent = self._unsent[self._connection.send(self._unsent) :]
         writing = selectors.EVENT_WRITE if self._unsent else 0
         self._selector.modify(self._connection, selectors.EVENT_READ | writing)
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not self._selector.select(timeout) or timeout == 0.0:
-            raise TimeoutError("no answer came")
+        self._selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
         data = self._connection.receive_now()
         if data == b"":
             raise ConnectionError("the server closed the connection")
+        if self._framer.overrun:
+            raise ConnectionError("the server sends no lines")
         if data:
             self.heard = time.monotonic()
         return [self._line(line) for line in self._framer.feed(data or b"")]
 
-    def _line(self, line: bytes) -> Line:
-        return protocol.parse(protocol.escape(line[: protocol.MAX_SERVER_LINE], self._fmt))
+    def _line(self, line: bytes) -> Heard:
+        text = protocol.escape(line[: protocol.MAX_SERVER_LINE], self._fmt)
+        return Heard(*protocol.parse(text))
+
+    def say_goodbye(self) -> None:
+        """Send what is left and ``/quit``, as far as the socket takes it at once."""
+        with contextlib.suppress(OSError):
+            self._connection.send(self._unsent + protocol.encode("/quit"))
 
     def shutdown(self) -> None:
         """Break the connection off, from any thread."""
@@ -406,27 +521,66 @@ class Session:
         self._connection.close()
 
 
-class Entrance(NamedTuple):
-    """Where the room is entered, and what has to be shown there and by whom."""
+# A host and a port, where the host is in brackets if it has colons of its own.
+_ADDRESS = re.compile(r"(?:\[(?P<inside>[^]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[^:]*))?")
 
-    host: str
-    port: int
-    password: str | None
-    tls: ssl.SSLContext | None
-    fingerprint: str  # the certificate's, when no authority vouches for it
+
+def addresses(text: str, port: int) -> list[tuple[str, int]]:
+    """Return host and port of each server in ``a,b:1234,[::1]:1234``; raise `Refusal`."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = _ADDRESS.fullmatch(part)
+        host = match["inside"] or match["host"] if match else part
+        given = match["port"] if match else None
+        try:
+            found.append((host, port if given is None else protocol.port(given)))
+        except argparse.ArgumentTypeError as error:
+            raise Refusal(str(error)) from None
+    if not all(host for host, _ in found) or not found:
+        raise Refusal(f"{text!r} names no host; give --host HOST, or HOST:PORT, or several: A,B")
+    return found
+
+
+class Entrance:
+    """Where the room is entered, which may be at several servers, and what has to be shown there.
+
+    Touched by who calls `ChatClient.connect`, and read by others.
+    """
+
+    def __init__(
+        self,
+        servers: list[tuple[str, int]],
+        password: str | None,
+        tls: ssl.SSLContext | None,
+        fingerprint: str,
+    ) -> None:
+        self.servers = servers
+        self.turn = 0  # which of them is tried next, or is the one that we are at
+        self.password = password
+        self.tls = tls
+        self.fingerprint = fingerprint  # the certificate's, when no authority vouches for it
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
+        host, port = self.servers[self.turn]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def dial(self) -> Connection:
-        """Connect to the server and, where it is wanted, make sure that it is the right one."""
-        deadline = time.monotonic() + CONNECT_TIMEOUT
-        sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
+    def turn_to_next(self) -> bool:
+        """Go to the next server; say whether that is the first again."""
+        self.turn = (self.turn + 1) % len(self.servers)
+        return self.turn == 0
+
+    def dial(self, waker: Waker, leaving: threading.Event) -> Connection:
+        """Connect to the server and, where it is wanted, make sure that it is the right one.
+
+        Raise `OSError` where that fails, also when we are to leave meanwhile.
+        """
+        host, port = self.servers[self.turn]
+        sock = _reach(host, port, waker, leaving)
         if self.tls is None:
             return Connection(sock)
-        connection = TlsConnection(sock, self.tls, self.host)
+        connection = TlsConnection(sock, self.tls, host)
         try:
-            connection.shake_hands(deadline)
+            connection.shake_hands(time.monotonic() + CONNECT_TIMEOUT)
             seen = protocol.fingerprint(connection.certificate())
             if self.fingerprint and seen != self.fingerprint:
                 raise Refused(f"the certificate's fingerprint is {seen}; it is not the one given")
@@ -434,6 +588,46 @@ class Entrance(NamedTuple):
             connection.close()
             raise
         return connection
+
+
+def _reach(host: str, port: int, waker: Waker, leaving: threading.Event) -> socket.socket:
+    """Return a socket that is connected to one of a host's addresses, the first that answers."""
+    failure = OSError(f"{host} has no address")
+    for family, kind, number, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        try:
+            sock = socket.socket(family, kind, number)
+        except OSError as error:  # a family that the system does not have
+            failure = error
+            continue
+        try:
+            sock.setblocking(False)
+            code = sock.connect_ex(address)
+            if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+                code = _result(sock, waker, leaving)
+            if not code:
+                return sock
+            failure = OSError(code, os.strerror(code))
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+    raise failure
+
+
+def _result(sock: socket.socket, waker: Waker, leaving: threading.Event) -> int:
+    """Wait for a connection to be made; return 0 or the number of the error."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_WRITE)
+        selector.register(waker, selectors.EVENT_READ)
+        while not leaving.is_set():
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return errno.ETIMEDOUT
+            if any(key.fileobj is sock for key, _ in ready):
+                return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            waker.clear()  # what was typed is looked at when we are in
+    return errno.ECANCELED
 
 
 # --- The conversation --------------------------------------------------------
@@ -445,11 +639,11 @@ class Inbox:
     def __init__(self) -> None:
         # Guards all below; notified whenever any of it changes.
         self._changed = threading.Condition()
-        self._lines: deque[Line] = deque()
+        self._lines: deque[Heard] = deque()
         self._is_read = False  # somebody iterates
         self._ended = False  # no more lines come, and nobody waits
 
-    def put(self, item: Line | Notice) -> None:
+    def put(self, item: Heard | Notice) -> None:
         """Keep a line: wait for a slow reader, forget the oldest if there is none."""
         if isinstance(item, Notice):
             return
@@ -468,7 +662,7 @@ class Inbox:
             self._ended = True
             self._changed.notify_all()
 
-    def __iter__(self) -> Iterator[Line]:
+    def __iter__(self) -> Iterator[Heard]:
         self._set_read(True)
         try:
             while (line := self._take()) is not None:
@@ -476,7 +670,7 @@ class Inbox:
         finally:
             self._set_read(False)
 
-    def _take(self) -> Line | None:
+    def _take(self) -> Heard | None:
         with self._changed:
             self._changed.wait_for(lambda: self._lines or self._ended)
             self._changed.notify_all()
@@ -491,8 +685,12 @@ class Inbox:
 class ChatClient:
     """A conversation that survives its connections.
 
-    Iterating gives each `Line` that comes.  `show`, when given, is called with
-    each `Line` and `Notice` instead, in the thread of `receive`.
+    Iterating gives each `Heard` line that is said from joining on; with `earlier` also
+    those before, which say so of themselves.  Lines that were said while the connection
+    was lost are given, and say so too.  `show`, when given, is called with all lines and
+    with each `Notice` instead, in the thread of `receive`.  `host` may name several
+    servers of one room, as ``a,b:1234,[::1]:1234``.  When none of them has let us back
+    in for `give_up` seconds, the conversation ends.
     """
 
     def __init__(
@@ -505,25 +703,28 @@ class ChatClient:
         password: str | None = None,
         tls: ssl.SSLContext | None = None,
         fingerprint: str = "",
-        show: Callable[[Line | Notice], None] | None = None,
+        show: Callable[[Heard | Notice], None] | None = None,
         ended: Callable[[], None] = lambda: None,
+        earlier: bool = False,
+        give_up: float = math.inf,
     ) -> None:
-        self.entrance = Entrance(host, port, password, tls, fingerprint)
+        self.entrance = Entrance(addresses(host, port), password, tls, fingerprint)
         self.fmt = fmt
         self.place = Place(name)
         self.outgoing = Outgoing()
         self._inbox = Inbox()
         self._show_to = show or self._inbox.put
+        self._wants_earlier = earlier or show is not None
+        self._give_up_after = give_up
         self._ended = ended
         self._leaving = threading.Event()  # we want to go, or cannot stay
         self._waker = Waker()  # of `receive`, when something waits to be sent
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
         # From here on, what only the thread that runs `receive` changes; others read.
-        self.live = False  # what comes is said now, and not from before our time
         self.failed = 0  # lines that were not broadcast, as far as we know
         self.reason = ""  # why the conversation ended, when nobody here wanted it to
         self._session: Session | None = None
-        self._absence: Absence | None = None
+        self._absence: Absence | None = Absence(time.monotonic(), first=True)
 
     # Verbs.
 
@@ -546,19 +747,24 @@ class ChatClient:
             self.flush()
         self.leave()
 
-    def __iter__(self) -> Iterator[Line]:
+    def __iter__(self) -> Iterator[Heard]:
         return iter(self._inbox)
 
     def connect(self) -> None:
-        """Connect and be let in.
+        """Connect to the server whose turn it is, and be let in.
 
         Raise `OSError` when nobody answers, `NameRefused` or `PasswordRefused` when
         another one would do and `Refused` when nothing would.
         """
-        self._session = Session(self.entrance.dial(), self._waker, self.fmt)
+        connection = self.entrance.dial(self._waker, self._leaving)
+        # The answer to a /nick may be lost: then a ghost of ours may have that name.
+        names = [*filter(None, [self.outgoing.new_name()]), self.name]
+        self._session = Session(connection, self._waker, self.fmt, names)
         deadline = time.monotonic() + CONNECT_TIMEOUT
         try:
             while self.away:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError("no answer came")
                 self._exchange(deadline)
         except BaseException:
             self._disconnect()
@@ -574,7 +780,8 @@ class ChatClient:
             while not self._leaving.is_set():
                 try:
                     while True:
-                        self._exchange()
+                        self._exchange(self._next_look())
+                        self._look_at_server()
                 except OSError:
                     self._disconnect()
                 if not self._leaving.is_set():
@@ -582,7 +789,11 @@ class ChatClient:
         except (Refused, OutputClosed) as error:
             self.reason = str(error)
         finally:
+            if self._session and not self.away:
+                self._session.say_goodbye()
             self._disconnect()
+            with contextlib.suppress(OutputClosed):
+                self._show_held(self._absence)
             left_of_itself = not self._leaving.is_set()
             self._leaving.set()
             self.outgoing.end()
@@ -600,7 +811,7 @@ class ChatClient:
             return
         self._encode(item.text)
         if item.verb == "nick":
-            protocol.check_name(item.text.partition(" ")[2].strip())
+            protocol.check_name(_new_name(item.text))
         self.outgoing.add(item)
         self._waker.wake()
 
@@ -615,11 +826,11 @@ class ChatClient:
             self.outgoing.add(typed("/quit"))
             self._leaving.set()
             self._waker.wake()
-        self._receiver.join(LEAVE_TIMEOUT)
-        if self._receiver.is_alive():
-            if session := self._session:
-                session.shutdown()
+        if not self.away:
             self._receiver.join(LEAVE_TIMEOUT)
+        if session := self._session:
+            session.shutdown()
+        self._receiver.join(LEAVE_TIMEOUT)
         self.close()
         self._give_up_receipts()
         return [text for text in self.outgoing.unsent() if typed(text).verb != "quit"]
@@ -649,10 +860,14 @@ class ChatClient:
     @property
     def status(self) -> str:
         """The state of the connection in a few words."""
-        absence = self._absence
-        if absence is None or not self.away:
-            return "connected"
-        return f"next try in {max(0.0, absence.next_try - time.monotonic()):.0f} s"
+        absence, session = self._absence, self._session
+        if session is not None and session.state is not State.AT_THE_DOOR:
+            waiting = self.outgoing.count()
+            if not waiting or time.monotonic() - session.progress < 1.0:
+                return "connected"
+            return f"connected, {count_lines(waiting)} waiting"
+        wait = absence.next_try - time.monotonic() if absence else 0.0
+        return f"next try in {max(0.0, wait):.0f} s"
 
     def wait(self) -> None:
         """Wait until the conversation has ended."""
@@ -660,16 +875,19 @@ class ChatClient:
 
     def close(self) -> None:
         """Give back what is held for connections; `leave` does it too."""
-        self._waker.close()
+        if not self._receiver.is_alive():  # else it asks for an address, and ends with the program
+            self._waker.close()
 
     # What follows runs in the thread of `receive`, but for the first connect.
 
-    def _exchange(self, deadline: float | None = None) -> None:
-        """Wait for lines or for something to send, and deal with it."""
+    def _exchange(self, deadline: float | None) -> None:
+        """Wait for lines, or for something to send, or for the deadline, and deal with it."""
         session = self._session
         assert session is not None
         self._waker.clear()
         while session.state is State.SETTLED and session.takes_more:
+            if self.outgoing.is_quiet():
+                session.progress = time.monotonic()
             item = self.outgoing.take(self.name)
             if item is None:
                 break
@@ -679,6 +897,55 @@ class ChatClient:
                 self._hear_at_door(line, session)
             else:
                 self._hear(line, session)
+
+    def _next_look(self) -> float | None:
+        """Return when to look at the server even if nothing happens: soon, if something is due."""
+        session = self._session
+        if self._absence or self.outgoing.count() or (session and session.waits_since):
+            return time.monotonic() + PATIENCE / 10
+        return None
+
+    def _look_at_server(self) -> None:
+        """Say so when it is silent though something is due, and turn from one that has us wait."""
+        session, now = self._session, time.monotonic()
+        assert session is not None
+        silent = now - max(session.heard, session.progress)
+        if self._absence and silent > CATCH_UP_TIMEOUT:
+            raise TimeoutError("the server let us in and tells us nothing")
+        waiting = self.outgoing.count()
+        if (
+            (waiting or self._absence)
+            and silent > PATIENCE
+            and session.silence_told != session.heard
+        ):
+            session.silence_told = session.heard
+            kept = f"; {count_lines(waiting)} waiting" if waiting else ""
+            self._show(Notice(f"no answer from the server for {silent:.0f} s{kept}"))
+        if (
+            session.waits_since
+            and now - session.waits_since > PATIENCE
+            and len(self.entrance.servers) > 1
+        ):
+            session.waits_since = now
+            self._move_on(session)
+
+    def _move_on(self, old: Session) -> None:
+        """Enter at the next server, and let go of the old one when we are in."""
+        absence, turn = self._absence, self.entrance.turn
+        self._session, self._absence = None, absence or Absence(old.heard)
+        try:
+            while True:
+                self.entrance.turn_to_next()
+                if self.entrance.turn == turn:
+                    self._session, self._absence = old, absence
+                    return
+                with contextlib.suppress(OSError, Refused):
+                    self.connect()
+                    break
+        except BaseException:
+            old.close()
+            raise
+        old.close()
 
     def _encode(self, text: str) -> bytes:
         # With room for the longest name: it may have changed when the line goes out.
@@ -697,13 +964,18 @@ class ChatClient:
         """Try until we are in the room again, or leave."""
         self._show(Notice("connection lost; trying again"))
         absence = self._absence
-        assert absence is not None  # since we were in the room
+        assert absence is not None
+        ends = absence.since + self._give_up_after
         delay = RETRY_FIRST
         while True:
-            pause = delay * random.uniform(0.5, 1.0)
-            absence.next_try = time.monotonic() + pause
-            if self._leaving.wait(pause):
+            if self.entrance.turn_to_next() and absence.next_try > absence.since:
+                delay = min(RETRY_MAX, delay * 2)
+            now = time.monotonic()
+            absence.next_try = min(now + delay * random.uniform(0.5, 1.0), ends)
+            if self._leaving.wait(max(0.0, absence.next_try - now)):
                 return
+            if absence.next_try == ends:
+                raise Refused(f"the server did not come back in {self._give_up_after:.0f} s")
             try:
                 self.connect()
                 return
@@ -719,7 +991,6 @@ class ChatClient:
                 self._tell_once(absence, str(refused))
             except OSError:
                 pass  # as long as it takes
-            delay = min(RETRY_MAX, delay * 2)
 
     def _tell_once(self, absence: Absence, reason: str) -> None:
         if reason != absence.told:
@@ -728,26 +999,36 @@ class ChatClient:
 
     # What is heard.
 
-    def _hear_at_door(self, line: Line, session: Session) -> None:
+    def _hear_at_door(self, line: Heard, session: Session) -> None:
         """Answer the server's questions until it says welcome."""
         if line.kind is Kind.NICK:
-            if session.introduced:
-                raise NameRefused(session.reason)
-            session.introduced = True
-            session.say(protocol.encode(self.place.introduction()))
+            self._introduce(session)
         elif line.kind is Kind.PASS:
             self._give_password(session)
         elif line.kind is not Kind.ANSWER:
             raise Refused("what answers there is not this chat; check --host and --port")
         elif protocol.is_welcome(str(line)):
             session.state = State.CATCHING_UP
+            self.place.name = session.names[0]
             # Its answer comes behind the replay: only then do we know what was heard.
             session.say(protocol.encode("/names"))
-            if self._absence is None:
+            if self._absence is None or self._absence.first:
                 self._show(line)
         else:
             _raise_if_final(line)
             session.reason = line.text
+
+    def _introduce(self, session: Session) -> None:
+        """Give our name; when it was refused, in a simpler way, or else the next one."""
+        if session.introduced:
+            if self.place.counts and protocol.HOW_TO_ANSWER in session.reason:
+                self.place.counts = False  # an old server
+            elif len(session.names) > 1:
+                session.names.pop(0)
+            else:
+                raise NameRefused(session.reason)
+        session.introduced = True
+        session.say(protocol.encode(str(self.place.introduction(session.names[0]))))
 
     def _give_password(self, session: Session) -> None:
         if self.entrance.password is None:
@@ -757,28 +1038,34 @@ class ChatClient:
         session.password_given = True
         session.say(protocol.password_bytes(self.entrance.password) + b"\n")
 
-    def _hear(self, line: Line, session: Session) -> None:
+    def _hear(self, line: Heard, session: Session) -> None:
         """Take in a line that comes when we are in the room."""
         if line.in_room:
             self.place.follow(line)
-            if line.name:
-                self.outgoing.confirm(line)
-            self._bring(line)
-        elif line.kind is not Kind.ANSWER:
-            self._bring(line)
-        elif not self._hear_news(str(line), session):
-            self._bring(line)
-            self._hear_own_answer(str(line))
+            if line.name and self.outgoing.confirm(line):
+                session.progress = time.monotonic()
+        elif line.kind is Kind.PRIVATE:
+            self.place.hear_whisper(line.name)
+        elif line.kind is Kind.ANSWER and self._hear_news(str(line), session):
+            return
+        self._bring(line)
+        if line.kind is Kind.ANSWER:
+            self._hear_own_answer(str(line), session)
             _raise_if_final(line)
 
     def _hear_news(self, text: str, session: Session) -> bool:
         """Take in what the server tells our program and not us; say whether it was that."""
         roll_call = session.roll_call
-        if session.state is State.CATCHING_UP and (at := protocol.position_in(text)) is not None:
-            self._go_to(at)
-        elif roll_call and not roll_call.is_complete:
-            self._call_roll(roll_call, text.removeprefix("-> "))
-        elif session.state is State.CATCHING_UP and (found := protocol.names_in(text)):
+        if roll_call and not roll_call.is_complete:
+            return self._call_roll(roll_call, text.removeprefix("-> "))
+        if session.state is not State.CATCHING_UP:
+            return False
+        if (position := protocol.position_in(text)) is not None:
+            self._go_to(position)
+            whispers = protocol.whispers_in(text)
+            if whispers is not None:
+                self.place.whispers = whispers
+        elif found := protocol.names_in(text):
             session.state = State.SETTLED
             session.roll_call = RollCall(found[0])
             self._call_roll(session.roll_call, found[1])
@@ -793,27 +1080,37 @@ class ChatClient:
             self._absence.unbroken = False
         self.place.position = position
 
-    def _call_roll(self, roll_call: RollCall, text: str) -> None:
-        roll_call.take(text)
+    def _call_roll(self, roll_call: RollCall, text: str) -> bool:
+        belongs = roll_call.take(text)
         if roll_call.is_complete:
             self.place.see(roll_call.names)
+        return belongs
 
-    def _hear_own_answer(self, text: str) -> None:
+    def _hear_own_answer(self, text: str, session: Session) -> None:
         """Take an answer as the receipt of the oldest line, or as its refusal."""
         if (missed := protocol.missed_in(text)) is not None:
             self._skip(missed)
-            return
-        if (name := protocol.name_in(text)) is not None:
-            self.place.name = name
-        item = self.outgoing.answer(text)
-        if item is None:
-            return
+        elif (missed := protocol.missed_private_in(text)) is not None:
+            self.place.whispers += missed
+        elif text == protocol.WAITING:
+            session.waits_since = session.waits_since or time.monotonic()
+        elif text == protocol.GOES_ON:
+            session.waits_since = None
+        else:
+            if (name := protocol.name_in(text)) is not None:
+                self.place.name = name
+            item = self.outgoing.answer(text) if self.settled else None
+            if item is not None:
+                session.progress = time.monotonic()
+                self._hear_answer_to(item, text)
+
+    def _hear_answer_to(self, item: Typed, text: str) -> None:
         if item.verb == "quit":
             self._leaving.set()
         elif protocol.is_refusal(text):
             self.failed += 1
-            if item.echo is not None:
-                self._show(Notice("the last line was not sent", item.text))
+            unsent = item.text if discreet(item.text) == item.text else ""
+            self._show(Notice("the last line was not sent", unsent))
 
     def _skip(self, count: int) -> None:
         """Go on behind lines of the room that we do not get."""
@@ -826,16 +1123,34 @@ class ChatClient:
 
     def _settle(self) -> None:
         """The replay is over: show it, and send again what is not in it."""
-        self.live = True
         absence, self._absence = self._absence, None
         if absence is None:
             return
-        self._show(Notice(str(absence)))
-        for line in absence.lines:
-            self._show(line)
+        self._show_held(absence)
         for item in self.outgoing.resume(unbroken=absence.unbroken):
-            self._show(Notice(f"no answer came to: {discreet(item.text)}"))
+            if not (item.verb == "nick" and _new_name(item.text) == self.name):
+                self._show(Notice(f"no answer came to: {discreet(item.text)}"))
         self._give_up_receipts()
+
+    def _show_held(self, absence: Absence | None) -> None:
+        """Show what came in an absence that has ended, or will not end any more."""
+        if absence is None or (self._session is None and not absence.lines):
+            return
+        if not absence.first and not absence.overflowed:
+            self._show(absence.heading(self.place))
+        earlier, since = absence.split(self.place)
+        self._show_earlier(absence, earlier)
+        for line in since:
+            self._show(line)
+
+    def _show_earlier(self, absence: Absence, lines: list[Earlier]) -> None:
+        """Show what was said before, and that it was."""
+        if absence.first and not self._wants_earlier:
+            return
+        for line in lines:
+            self._show(line)
+        if absence.overflowed or any(line.in_room for line in lines):
+            self._show(BEFORE if absence.first else WHILE_AWAY)
 
     def _give_up_receipts(self) -> None:
         """Say which lines may or may not have been seen: their receipts are not to be had."""
@@ -845,14 +1160,23 @@ class ChatClient:
 
     # What is shown.
 
-    def _bring(self, line: Line) -> None:
-        """Show a line, or keep it until we know all that we missed."""
-        if self._absence is None:
+    def _bring(self, line: Heard) -> None:
+        """Show a line, or keep it until we know all that was said before."""
+        absence = self._absence
+        if absence is None:
             self._show(line)
-        else:
-            self._absence.lines.append(line)
+            return
+        absence.lines.append(line)
+        if len(absence.lines) > MAX_HELD:
+            if not absence.overflowed:
+                absence.overflowed = True
+                if not absence.first:
+                    self._show(absence.heading(self.place))
+            oldest = Earlier(*absence.lines.popleft())
+            if self._wants_earlier or not absence.first:
+                self._show(oldest)
 
-    def _show(self, item: Line | Notice) -> None:
+    def _show(self, item: Heard | Notice) -> None:
         try:
             self._show_to(item)
         except OSError as error:  # of the screen, not of the connection
@@ -869,57 +1193,177 @@ def _raise_if_final(line: Line) -> None:
 
 # --- How it looks ------------------------------------------------------------
 
-# Of the 256 colours, twelve far apart whose contrast is at least 3.5 to 1 on
-# black and on white; where there are only 16, the six that have a hue.
-PALETTE = (26, 29, 64, 94, 97, 125, 130, 133, 161, 166, 66, 100)
-BASIC_PALETTE = (31, 32, 33, 34, 35, 36)
+# Of the 256 colours that are the same everywhere, twelve far apart and a grey whose
+# contrast is at least 3.5 to 1 on black and on white.  The first 16 are anybody's guess:
+# where there are no others, what stands out is bold or underlined.
+PALETTE = (26, 29, 64, 94, 97, 128, 130, 133, 161, 166, 66, 100)
+GREY = 243
+BOLD, UNDERLINED, REVERSED = "1", "4", "1;7"
+INDENT = "    "  # before the rows of a line behind its first
+INVISIBLE = re.compile(r"\x1b\[[0-9;]*m|\a")  # what paints and rings
+# A run of these looks like nothing; ideographs without a blank can be broken anywhere.
+BLANKS = re.compile(r"([\s\u2800\u3164\u115f\u1160\uffa0]+)")
+# What has one column in every terminal; of all else the terminals have their own ideas.
+NARROW = re.compile(r"[\x20-\x7e\u0100-\u0148\u014a-\u017f\u0388-\u03ff\u0400-\u0482\u048a-\u052f]")
+# What a name is a part of without being meant: an address, a path, another name.
+ADDRESS = re.compile(r"://|\w@\w|^www\.|\w\.\w+/")
+UTC = re.compile(r"\b(\d{4}-\d\d-\d\d \d\d:\d\d)Z")
 
 
 class Look:
-    """Turns what happens into the text that stands on the screen."""
+    """Turns what happens into the text that stands on the screen; it keeps nothing."""
 
-    def __init__(self, *, color: bool = False, timestamps: bool = False, bell: bool = False):
-        self.color = color
+    def __init__(self, *, colors: int = 0, timestamps: bool = False, bell: bool = False):
+        self.colors = colors  # how many the terminal has: 0, 16 or 256
         self.timestamps = timestamps
         self.bell = bell
-        many = "256color" in os.environ.get("TERM", "") or "COLORTERM" in os.environ
-        self._codes = (
-            [f"38;5;{number}" for number in PALETTE] if many else [str(c) for c in BASIC_PALETTE]
-        )
 
-    def render(self, item: Line | Notice, me: str, *, live: bool = True) -> str:
-        """Return an item as it is shown to the one called `me`; `live` is not a replay."""
+    def render(self, item: Line | Notice, me: str) -> str:
+        """Return an item as it is shown to the one called `me`."""
+        stamp = self._grey(time.strftime("%H:%M ")) if self.timestamps else ""
         if isinstance(item, Notice):
-            text, mine = self._paint("2", str(item)), False
-        else:
-            text, mine = self._line(item, me)
-        stamp = self._paint("2", time.strftime("%H:%M ")) if self.timestamps else ""
-        return stamp + text + ("\a" if mine and live and self.bell else "")
+            return stamp + self._grey(str(item))
+        if isinstance(item, Earlier):  # nobody knows when it was said
+            return self._line(item, me)
+        return stamp + self._line(item, me) + ("\a" if self.calls(item, me) else "")
 
-    def _line(self, line: Line, me: str) -> tuple[str, bool]:
-        """Return a line as it is shown, and whether it is meant for `me` above all."""
-        if line.kind is Kind.PRIVATE:
-            return self._paint("1;35", str(line)), True
-        if line.kind is Kind.NOTICE:
-            return self._paint("2", str(line)), False
-        if line.kind not in (Kind.SAID, Kind.DID):
-            return str(line), False
-        if protocol.fold(line.name) == protocol.fold(me):
-            return str(line).replace(line.name, self._paint("1", line.name), 1), False
-        text, count = re.subn(
-            rf"(?<![\w-]){re.escape(me)}(?![\w-])",
-            lambda found: self._paint("1;7", found[0]),
-            line.text,
-            flags=re.IGNORECASE,
+    def calls(self, item: Line | Notice, me: str) -> bool:
+        """Tell whether a line is meant for `me` above all, and is to ring."""
+        if not self.bell or isinstance(item, Notice):
+            return False
+        if item.kind is Kind.PRIVATE:
+            return True
+        is_said = item.kind in (Kind.SAID, Kind.DID) and protocol.fold(item.name) != protocol.fold(
+            me
         )
-        shown = Line(line.kind, self._paint(self._of_name(line.name), line.name), text)
-        return str(shown), count > 0
+        return is_said and any(mentions(item.text, me))
 
-    def _of_name(self, name: str) -> str:
-        return self._codes[zlib.crc32(protocol.fold(name).encode()) % len(self._codes)]
+    def _line(self, line: Line, me: str) -> str:
+        if line.kind is Kind.PRIVATE:
+            return self._paint(f"1;38;5;{PALETTE[7]}" if self.colors > 16 else BOLD, str(line))
+        if line.kind is Kind.NOTICE:
+            return self._grey(str(line))
+        if line.kind is Kind.ANSWER:
+            return str(line) if line.text.startswith("to ") else local_time(str(line))
+        if line.kind not in (Kind.SAID, Kind.DID):
+            return str(line)
+        if protocol.fold(line.name) == protocol.fold(me):
+            return str(line).replace(line.name, self._paint(BOLD, line.name), 1)
+        text, end = "", 0
+        for start, stop in mentions(line.text, me):
+            text += line.text[end:start] + self._paint(REVERSED, line.text[start:stop])
+            end = stop
+        return str(Line(line.kind, self._name(line.name), text + line.text[end:]))
+
+    def _name(self, name: str) -> str:
+        number = zlib.crc32(protocol.fold(name).encode())
+        color = f"38;5;{PALETTE[number % len(PALETTE)]}"
+        return self._paint(color if self.colors > 16 else UNDERLINED, name)
+
+    def _grey(self, text: str) -> str:
+        return self._paint(f"38;5;{GREY}", text) if self.colors > 16 else text
 
     def _paint(self, code: str, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self.color else text
+        return f"\x1b[{code}m{text}\x1b[0m" if self.colors else text
+
+
+def mentions(text: str, name: str) -> Iterator[tuple[int, int]]:
+    """Give start and end of each place where a text speaks to or of somebody."""
+    alone = rf"(?<![\w-])(?<!\w\.){re.escape(name)}(?![\w-])(?!\.\w)"
+    for found in re.finditer(alone, text, re.IGNORECASE):
+        before = text[: found.start()].rpartition(" ")[2]
+        word = before + text[found.start() :].partition(" ")[0]
+        if not ADDRESS.search(word):
+            yield found.span()
+
+
+def local_time(text: str) -> str:
+    """Put the first time in a server's answer, which is UTC, into the user's zone."""
+
+    def shown(found: re.Match[str]) -> str:
+        try:
+            when = calendar.timegm(time.strptime(found[1], "%Y-%m-%d %H:%M"))
+            return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+        except (OverflowError, ValueError):
+            return found[0]
+
+    return UTC.sub(shown, text, count=1)
+
+
+def columns_of(text: str) -> Iterator[tuple[str, int, int]]:
+    """Give each character of a text with the least and the most columns it may take."""
+    for at, character in enumerate(text):
+        category = unicodedata.category(character)
+        if category in ("Mn", "Me", "Mc", "Cf"):
+            yield character, 0, 1
+        elif category == "Cc":  # readline shows it as ^X
+            yield character, 2, 2
+        elif unicodedata.category(text[at + 1 : at + 2] or " ") in ("Mn", "Me", "Mc", "Cf"):
+            yield character, 0, 2  # a sequence may be drawn as one character, of any width
+        elif NARROW.match(character):
+            yield character, 1, 1
+        elif category == "Lo" and unicodedata.east_asian_width(character) == "W":
+            yield character, 2, 2
+        else:
+            yield character, 0, 2
+
+
+def wrap(text: str, columns: int) -> str:
+    """Break a line, painted or not, so that only its first row begins at the left edge.
+
+    Nobody can pad a text until its rest looks like another's line.  An address that is
+    longer than a row stands whole on rows of its own, where terminals know it as one.
+    """
+    rows: list[str] = []
+    row = ""
+    for piece in BLANKS.split(text):
+        if BLANKS.fullmatch(piece) and not fits(row + piece, columns):
+            rows, row = [*rows, row], INDENT  # the blanks go with the break
+        elif fits(row + piece, columns):
+            row += piece
+        elif fits(INDENT + piece, columns):
+            rows, row = [*rows, row.rstrip()], INDENT + piece
+        elif piece.isascii():
+            rows, row = [*rows, row.rstrip(), piece], INDENT
+        else:
+            *full, row = _slices(row, piece, columns)
+            rows += full
+    return "\n".join(filter(str.strip, [*rows, row])) or text
+
+
+def fits(text: str, columns: int) -> bool:
+    """Tell whether a text, painted or not, has room in one row of any terminal."""
+    return sum(most for _, _, most in columns_of(INVISIBLE.sub("", text))) <= columns
+
+
+def _slices(row: str, text: str, columns: int) -> list[str]:
+    """Break a text without blanks behind the beginning of a row; return the rows."""
+    rows = [row]
+    for part in re.findall(rf"{INVISIBLE.pattern}|.", text, re.DOTALL):
+        if not fits(rows[-1] + part, columns):
+            rows.append(INDENT)
+        rows[-1] += part
+    return rows
+
+
+def rows_of(text: str, columns: int, behind: int = 0) -> tuple[int, int]:
+    """Return the least and the most rows that a prompt with what is typed may take.
+
+    `behind` is 1 to count the row that the cursor stands in, behind the text.
+    """
+    cells = list(columns_of(text)) + [("", behind, behind)] * behind
+    return _rows([few for _, few, _ in cells], columns), _rows(
+        [many for _, _, many in cells], columns
+    )
+
+
+def _rows(widths: list[int], columns: int) -> int:
+    rows, column = 1, 0
+    for width in widths:
+        if column + width > columns:
+            rows, column = rows + 1, 0
+        column += width
+    return rows
 
 
 # --- Where it is typed and shown ---------------------------------------------
@@ -930,7 +1374,7 @@ class Leave(KeyboardInterrupt):
 
 
 class Screen(abc.ABC):
-    """Where the user types and reads: a pipe or one of two kinds of terminal.
+    """Where the user types and reads: a pipe or one of three kinds of terminal.
 
     `read` and `ask` belong to the main thread, `show` is called from any.
     """
@@ -941,9 +1385,6 @@ class Screen(abc.ABC):
         self.look = look
         self.chat: ChatClient | None = None  # as soon as there is one
         self.leaving = threading.Event()  # a signal, or the end of the conversation, said so
-        on_terminal = termios is not None and sys.stdin.isatty()
-        self._settings = termios.tcgetattr(sys.stdin) if on_terminal else None
-        self._given_back = ""
 
     @abc.abstractmethod
     def read(self) -> str:
@@ -957,27 +1398,21 @@ class Screen(abc.ABC):
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Return the answer to a question, not shown while it is typed if it is secret."""
 
-    def give_back(self, line: str) -> None:
-        """Let the next `read` begin with what was refused."""
-        self._given_back = "\n".join(filter(None, (self._given_back, line)))
-
     def leave(self) -> None:
         """Make `read` raise `Leave`; called by a signal's handler, in the main thread."""
         raise Leave
 
+    def hush(self, *, quiet: bool = True) -> None:  # noqa: B027 - a pipe shows nothing typed
+        """Have nothing that is typed appear, or have it appear again."""
+
+    @abc.abstractmethod
     def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._settings is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._settings)
+        """Leave everything as it was."""
 
-    def _render(self, item: Line | Notice) -> str:
-        if isinstance(item, Notice) and item.unsent:
-            self.give_back(item.unsent)
-        chat = self.chat
-        return self.look.render(item, chat.name if chat else "", live=not chat or chat.live)
-
-    def _prompt(self) -> str:
-        return f"{self.chat.name}> " if self.chat else "> "
+    @property
+    def me(self) -> str:
+        """The user's name, or nothing before there is one."""
+        return self.chat.name if self.chat else ""
 
 
 class Pipe(Screen):
@@ -985,9 +1420,12 @@ class Pipe(Screen):
 
     interactive = False
 
-    def __init__(self, look: Look, fmt: str) -> None:
+    def __init__(self, look: Look, fmt: str, *, verbatim: bool = False) -> None:
         super().__init__(look)
+        self.failure = ""  # why what came could not be written, unless its reader has gone
+        self.closed = threading.Event()  # nothing more is written
         self._fmt = fmt
+        self._verbatim = verbatim  # no line is a command
         self._count = 0  # lines read
         if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may be narrower than the room's
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -1004,23 +1442,43 @@ class Pipe(Screen):
         try:
             text = protocol.decode(line.rstrip(b"\r\n"), self._fmt, MAX_TEXT)
         except Refusal as refusal:
-            raise Refusal(f"line {self._count} was not sent: {refusal}") from None
+            reason = explain_refusal(refusal, line, self._fmt)
+            raise Refusal(f"line {self._count} was not sent: {reason}") from None
         # What a program prints may begin with a slash and be no command of ours.
         request = protocol.command(text)
-        known = request is None or request[0] in protocol.COMMANDS
-        return text if known else protocol.slash(text)
+        known = request is None or request[0] in (*protocol.COMMANDS, *protocol.ALIASES)
+        return text if known and not self._verbatim else protocol.slash(text)
+
+    def has_more(self) -> bool:
+        """Tell whether more input is there already, other than blank lines."""
+        if not hasattr(os, "set_blocking"):
+            return False
+        os.set_blocking(sys.stdin.fileno(), False)  # it may not have ended
+        try:
+            return bool((sys.stdin.buffer.read(protocol.MAX_UNFRAMED) or b"").strip())
+        except OSError:
+            return False
+        finally:
+            os.set_blocking(sys.stdin.fileno(), True)
 
     def show(self, item: Line | Notice) -> None:
-        """Print a line at once."""
-        if isinstance(item, Notice):
-            print(f"client.py: {item.text}", file=sys.stderr, flush=True)
+        """Print a line at once; go on without printing when that cannot be done."""
+        if isinstance(item, Mark):
             return
-        try:
-            print(self._render(item), flush=True)
-        except OSError as error:
-            # What is still in the buffer must not be tried again at the exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise OutputClosed from error
+        if isinstance(item, Notice):
+            complain(item.text)
+        elif not self.closed.is_set():
+            try:
+                print(self.look.render(item, self.me), flush=True)
+            except OSError as error:
+                self._close_output(error)
+
+    def _close_output(self, error: OSError) -> None:
+        # What is still in the buffer must not be tried again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # a reader who has gone has what it wanted
+            self.failure = f"cannot write to standard output: {error.strerror}"
+        self.closed.set()
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Take the first line as the answer; a password is not among the lines."""
@@ -1028,14 +1486,119 @@ class Pipe(Screen):
             raise PasswordRefused("the room has a password; see --password-file")
         return self.read()
 
+    def close(self) -> None:
+        """Leave everything as it was."""
 
-class ReadlineTerminal(Screen):
+
+class Terminal(Screen):
+    """What all kinds of terminal have in common."""
+
+    def __init__(self, look: Look) -> None:
+        super().__init__(look)
+        self._settings = termios.tcgetattr(sys.stdin) if termios else None
+        self._given_back: deque[str] = deque()  # refused lines; any thread adds, the main one takes
+        self._called = False  # something earlier was meant for the user; of the thread that shows
+        self._interrupted = -math.inf  # when Ctrl-C last came; of the main thread
+
+    def give_back(self, line: str) -> None:
+        """Let what was refused stand in the prompt again, at once or in the next one."""
+        self._given_back.append(line)
+
+    def hush(self, *, quiet: bool = True) -> None:
+        """Have nothing that is typed appear, or have it appear again."""
+        if self._settings is None or not in_foreground():
+            return
+        settings = termios.tcgetattr(sys.stdin)
+        echo = 0 if quiet else self._settings[3] & termios.ECHO
+        settings[3] = settings[3] & ~termios.ECHO | echo
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, unless another program has it."""
+        if self._settings is not None and in_foreground():
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._settings)
+
+    def means_to_leave(self) -> bool:
+        """Tell whether Ctrl-C on an empty prompt leaves: while all is well only the second does."""
+        is_second = time.monotonic() - self._interrupted < INTERRUPT_AGAIN
+        self._interrupted = time.monotonic()
+        return is_second or self.chat is None or not self.chat.settled
+
+    def _take_back(self) -> str:
+        """Return what was refused, line by line."""
+        lines = [self._given_back.popleft() for _ in range(len(self._given_back))]
+        return "\n".join(lines)
+
+    def _render(self, item: Line | Notice) -> str:
+        if isinstance(item, Notice) and item.unsent:
+            self.give_back(item.unsent)
+        text = self.look.render(item, self.me)
+        if isinstance(item, Earlier):
+            self._called |= self.look.calls(item, self.me)
+        elif isinstance(item, Mark):
+            text += "\a" * (self._called and item is WHILE_AWAY)
+            self._called = False
+        return wrap(text, os.get_terminal_size(sys.stdout.fileno()).columns or 80)
+
+    def _prompt(self) -> str:
+        return f"{self.me}> "
+
+    def _ask_secretly(self, question: str) -> str:
+        """Return a line that is typed unseen; what was typed before the question counts too."""
+        self.hush()
+        try:
+            self._write(question)
+            answer = os.read(sys.stdin.fileno(), protocol.MAX_UNFRAMED)
+            if not answer:
+                raise EOFError
+            return answer.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
+        finally:  # it stays so quiet until it is sure that it is not asked for again
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        """Write past Python's buffer, which a signal handler must not enter twice."""
+        data = text.encode(sys.stdout.encoding, "backslashreplace")
+        while data:
+            data = data[os.write(sys.stdout.fileno(), data) :]
+
+
+def in_foreground() -> bool:
+    """Tell whether the terminal is ours: in the background, who changes it is stopped."""
+    if not hasattr(os, "tcgetpgrp"):
+        return True
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except OSError:  # the window is closed
+        return False
+
+
+class DumbTerminal(Terminal):
+    """A terminal that knows no escape sequences, as the shell inside Emacs: lines, no prompt."""
+
+    def read(self) -> str:
+        """Return the line that is typed next."""
+        line, self._interrupted = self._take_back(), -math.inf
+        if line:
+            self._write(f"-- to be mended: {line} --\n")
+        return input()
+
+    def ask(self, question: str, *, secret: bool = False) -> str:
+        """Ask, and read the answer from the next line."""
+        return self._ask_secretly(question) if secret else input(question)
+
+    def show(self, item: Line | Notice) -> None:
+        """Print an item as it comes."""
+        self._write(self._render(item) + "\n")
+
+
+class ReadlineTerminal(Terminal):
     """A terminal with the standard library alone: `input`, with GNU readline where there is one.
 
     What comes while readline waits for a key is printed above the half-typed
     line by the main thread, in a signal handler: readline's own functions take
     the line off the screen and put it back, cursor and all.  Without them (libedit,
     Windows) it is printed by the thread that brings it, and the line written again.
+    All below belongs to the main thread but for `_waiting` and `_shown`.
     """
 
     def __init__(self, look: Look) -> None:
@@ -1047,8 +1610,12 @@ class ReadlineTerminal(Screen):
         self._reading = False  # from before `input` to after its line is off the screen
         self._prompted = False  # readline has drawn the prompt
         self._showing = False
-        self._cleared = False  # Ctrl-C cleared a half-typed line, and did not mean to leave
+        self._asking = False  # what comes must wait until the question is answered
+        self._cleared = False  # Ctrl-C did not mean to leave
         signal.signal(signal.SIGINT, self._on_interrupt)
+        if self._library:
+            signal.signal(signal.SIGTSTP, self._on_stop)
+            signal.signal(signal.SIGCONT, self._on_continue)
         self._hear_signals()
 
     def read(self) -> str:
@@ -1058,13 +1625,14 @@ class ReadlineTerminal(Screen):
             try:
                 self._begin()
                 text = input(self._prompt())
-                self._erase(self._prompt() + text)
-                if discreet(text) != text and self._readline:
-                    last = self._readline.get_current_history_length() - 1
-                    self._readline.remove_history_item(last)
+                self._interrupted = -math.inf
+                if not self._library:
+                    self._erase(self._prompt() + text)
+                self._forget_secret(text)
                 return text
             except Leave:
-                self._write("\n")
+                if in_foreground():
+                    self._write("\n")
                 raise
             except KeyboardInterrupt:
                 if not self._cleared:
@@ -1080,18 +1648,17 @@ class ReadlineTerminal(Screen):
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own, and keep the answer out of the recall."""
-        if secret:
-            import getpass
-
-            try:
-                return getpass.getpass(question)
-            except (EOFError, KeyboardInterrupt):
-                self._write("\n")
-                raise
-        answer = input(question)
-        if self._readline and self._readline.get_current_history_length():
-            self._readline.remove_history_item(self._readline.get_current_history_length() - 1)
-        return answer
+        self._asking = True
+        try:
+            if secret:
+                return self._ask_secretly(question)
+            answer = input(question)
+            if self._readline and self._readline.get_current_history_length():
+                self._forget_last()
+            return answer
+        finally:
+            self._asking = False
+            self._show_waiting()
 
     def show(self, item: Line | Notice) -> None:
         """Print an item above the half-typed line."""
@@ -1100,7 +1667,7 @@ class ReadlineTerminal(Screen):
             self._show_plainly()
         elif threading.current_thread() is threading.main_thread():
             self._show_waiting()
-        while self._waiting:
+        while self._waiting and not (self._asking and len(self._waiting) < MAX_HELD):
             self._shown.clear()
             # Again and again: a signal that comes just before readline waits is lost on it.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
@@ -1115,6 +1682,8 @@ class ReadlineTerminal(Screen):
     def leave(self) -> None:
         """Make `read` raise `Leave`."""
         self._ignore_signals()
+        if self._library and not in_foreground():
+            self._library.let_go()
         raise Leave
 
     def _hear_signals(self) -> None:
@@ -1131,14 +1700,18 @@ class ReadlineTerminal(Screen):
         """Have Tab complete, and put a line that was refused back into the prompt."""
         if self._readline is None:
             return
-        line, self._given_back = self._given_back, ""
+        line = self._take_back()
         self._readline.set_startup_hook(lambda: self._readline.insert_text(line))
         self._readline.set_pre_input_hook(self._on_prompt)
         self._readline.set_completer(self._complete)
         self._readline.set_completer_delims(" ")
         libedit = "libedit" in (self._readline.__doc__ or "")
         self._readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: menu-complete")
-        self._readline.parse_and_bind("set enable-bracketed-paste on")
+        if self._library:
+            self._readline.parse_and_bind("set enable-bracketed-paste on")
+            self._library.bind(self._prompt())
+        elif not libedit:  # a paste whose end does not come could not be left
+            self._readline.parse_and_bind("set enable-bracketed-paste off")
 
     def _on_prompt(self) -> None:
         self._prompted = True
@@ -1153,80 +1726,189 @@ class ReadlineTerminal(Screen):
         found = completions(before, self.chat)
         return found[state] if state < len(found) else None
 
+    def _forget_secret(self, text: str) -> None:
+        if self._readline and discreet(text) != text:
+            self._forget_last()
+
+    def _forget_last(self) -> None:
+        """Take what was typed last out of the recall."""
+        self._readline.remove_history_item(self._readline.get_current_history_length() - 1)
+
     def _show_waiting(self) -> None:
         """Print what waits; in the main thread, where readline runs too."""
         library = self._library if self._is_active() else None
-        if self._showing or (self._reading and not library):
-            return  # it is being done, or readline is just beginning or ending
+        if self._asking or self._showing or (self._reading and not library):
+            return  # it is being done, or cannot be done now
         self._showing = True
         try:
             if library:
-                library.hide()
-                self._write("\r")
+                library.hide(self._prompt())
             while self._waiting:
                 self._write(self._waiting[0] + "\n")
                 self._waiting.popleft()
             if library:
-                library.unhide()
+                if self._given_back and not self._readline.get_line_buffer():
+                    self._readline.insert_text(self._take_back())
+                library.unhide(self._prompt())
         finally:  # Ctrl-C can come in between
             self._showing = False
             self._shown.set()
 
     def _show_plainly(self) -> None:
         line = self._prompt() + (self._readline.get_line_buffer() if self._readline else "")
-        while self._waiting:
+        while self._waiting and not self._asking:
             text = self._waiting.popleft() + "\n"
             self._write(f"\r\x1b[K{text}{line}" if self._reading else text)
 
     def _erase(self, typed: str) -> None:
-        """Take a line off the screen that was just entered, over all its rows."""
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
-        rows = sum(max(1, -(-_width(part) // columns)) for part in typed.split("\n"))
-        self._write(f"\x1b[{rows}A\r\x1b[J")
+        """Take a line off the screen that was just entered, if it is sure how many rows it has."""
+        least, most = rows_of(typed, os.get_terminal_size(sys.stdout.fileno()).columns or 80)
+        if least == most:
+            self._write(f"\x1b[{least}A\r\x1b[J")
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
         self._cleared = False
         if self._reading and self._library and self._is_active():
-            self._cleared = bool(self._readline.get_line_buffer())
-            self._library.hide()
-            self._write("\r")
+            line = self._readline.get_line_buffer()
+            self._cleared = bool(line) or not self.means_to_leave()
+            self._library.hide(self._prompt())
+            if self._cleared and not line:
+                self._waiting.append(self._render(Notice(HOW_TO_LEAVE)))
         self._ignore_signals()
         raise KeyboardInterrupt
 
-    def _write(self, text: str) -> None:
-        """Write past Python's buffer, which a signal handler must not enter twice."""
-        data = text.encode(sys.stdout.encoding, "backslashreplace")
-        while data:
-            data = data[os.write(sys.stdout.fileno(), data) :]
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        """Stop as any program does, with the terminal as the shell wants it."""
+        if self._library and self._is_active():
+            self._library.hide(self._prompt())
+            self._library.give_terminal_back()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, self._on_stop)
+        self._on_continue(number, frame)
+
+    def _on_continue(self, number: int, frame: FrameType | None) -> None:
+        """Take the terminal again, once we have it."""
+        if self._library and self._prompted and in_foreground():
+            self._library.take_terminal()
+            self._write("\r\x1b[K")
+            self._library.unhide(self._prompt())
 
 
 class _Readline:
-    """The functions of GNU readline that Python's module does not offer."""
+    """The functions of GNU readline that Python's module does not offer; of the main thread.
+
+    Enter is ours: only there is it known how many rows the line has on the screen.
+    So are the marks of a paste, for readline's own command for it waits for the second
+    mark and hears nothing else, not even Ctrl-C, if that never comes.
+    """
 
     TERMPREPPED = 0x4  # in rl_readline_state: the terminal is set up for reading a line
+    DONE = 0x2000000  # the line is complete
 
     def __init__(self, path: str) -> None:
         import ctypes  # here, as what only a terminal needs, so that a pipe starts fast
 
         self._library = library = ctypes.PyDLL(path)
+        library.rl_variable_value.restype = ctypes.c_char_p
         self._state = ctypes.c_ulong.in_dll(library, "rl_readline_state")
+        self._done = ctypes.c_int.in_dll(library, "rl_done")
+        self._buffer = ctypes.c_char_p.in_dll(library, "rl_line_buffer")
+        self._deprep = ctypes.c_void_p.in_dll(library, "rl_deprep_term_function")
         ctypes.c_int.in_dll(library, "rl_sort_completion_matches").value = 0
         self._clear = library.rl_clear_visible_line
         self._flush = ctypes.PyDLL(None).fflush
+        self._pasting = False
+        self._drawn = ""  # the prompt on the screen
+        command = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int)
+        self._keys = {  # kept here, or their memory is given back while readline calls them
+            b"\\C-m": command(self._on_enter),
+            b"\\C-j": command(self._on_enter),
+            b"\\C-i": command(self._on_tab),
+            b"\x1b[200~": command(self._on_paste),
+            b"\x1b[201~": command(self._on_paste_end),
+        }
+
+    def bind(self, prompt: str) -> None:
+        """Make the keys ours, in the keymap that the user has chosen."""
+        self._pasting, self._drawn = False, prompt
+        for key, command in self._keys.items():
+            self._library.rl_bind_keyseq(key, command)
 
     def is_reading(self) -> bool:
         """Tell whether readline holds the terminal."""
         return bool(self._state.value & self.TERMPREPPED)
 
-    def hide(self) -> None:
-        """Take the prompt and the half-typed line off the screen, over all their rows."""
-        self._clear()
-        self._flush(None)
+    def hide(self, prompt: str) -> None:
+        """Take the prompt and the half-typed line off the screen, or go below them."""
+        if self._is_sure():
+            self._clear()
+            self._flush(None)
+            self._write(b"\r")
+        else:  # going up by readline's count could take somebody's line off
+            self._flush(None)
+            self._write(b"\r\n\x1b[J")
 
-    def unhide(self) -> None:
-        """Put them back below what was printed."""
+    def unhide(self, prompt: str) -> None:
+        """Put them back below what was printed, with the name that is the user's now."""
+        self._drawn = prompt
+        self._library.rl_set_prompt(prompt.encode())
         self._library.rl_on_new_line()
         self._library.rl_redisplay()
+
+    def give_terminal_back(self) -> None:
+        """Set the terminal as it was before readline took it."""
+        self._library.rl_deprep_terminal()
+        self._flush(None)
+
+    def take_terminal(self) -> None:
+        """Set the terminal up for reading a line, whatever somebody else made of it."""
+        self._library.rl_deprep_terminal()
+        self._library.rl_prep_terminal(1)
+
+    def let_go(self) -> None:
+        """Have readline leave the terminal alone when it ends: another program has it."""
+        self._deprep.value = None
+
+    def _is_sure(self) -> bool:
+        """Tell whether all terminals give the line as many rows as readline believes."""
+        if self._library.rl_variable_value(b"horizontal-scroll-mode") == b"on":
+            return True
+        text = self._drawn + (self._buffer.value or b"").decode("utf-8", "replace")
+        if all(few == many for _, few, many in columns_of(text)):
+            return True
+        least, most = rows_of(text, os.get_terminal_size(sys.stdout.fileno()).columns or 80, 1)
+        return least == most
+
+    def _on_enter(self, count: int, key: int) -> int:
+        if self._pasting:
+            self._library.rl_insert_text(b"\n")
+        elif self._is_sure():
+            self._clear()
+            self._flush(None)
+            self._write(b"\r")
+            self._done.value = 1
+            self._state.value |= self.DONE
+        else:
+            self._library.rl_newline(count, key)
+        return 0
+
+    def _on_tab(self, count: int, key: int) -> int:
+        if self._pasting:
+            self._library.rl_insert_text(b"\t")
+            return 0
+        return int(self._library.rl_menu_complete(count, key))
+
+    def _on_paste(self, count: int, key: int) -> int:
+        self._pasting = True
+        return 0
+
+    def _on_paste_end(self, count: int, key: int) -> int:
+        self._pasting = False
+        return 0
+
+    def _write(self, data: bytes) -> None:
+        os.write(sys.stdout.fileno(), data)
 
 
 def _import_readline() -> Any:
@@ -1244,32 +1926,32 @@ def _readline_library(readline: Any) -> _Readline | None:
         return None  # no GNU readline, or built into the interpreter
 
 
-def _width(text: str) -> int:
-    """Return how many columns a text takes."""
-    return sum(
-        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
-        for c in text
-    )
-
-
 def completions(before: str, chat: ChatClient | None) -> list[str]:
     """Return what the last word before the cursor may become."""
     if before.startswith("/") and " " not in before:
         return [f"/{verb} " for verb in protocol.COMMANDS if f"/{verb}".startswith(before)]
     start, _, word = before.rpartition(" ")
     names = [name for name in (chat.present if chat else []) if chat and name != chat.name]
+    if chat and start.lower() == "/msg":  # who wrote to us comes first
+        names = [name for name in chat.place.writers if name in names] + names
     suffix = " " if start else ": "
-    return [name + suffix for name in names if protocol.fold(name).startswith(protocol.fold(word))]
+    found = [name + suffix for name in names if protocol.fold(name).startswith(protocol.fold(word))]
+    return list(dict.fromkeys(found))
 
 
-class ToolkitTerminal(Screen):
-    """A terminal with prompt_toolkit, which does the editing and redraws around what comes."""
+class ToolkitTerminal(Terminal):
+    """A terminal with prompt_toolkit, which does the editing and redraws around what comes.
+
+    While a prompt stands, its event loop, which runs in the main thread, prints what
+    waits; at any other time whoever brings it does.
+    """
 
     def __init__(self, look: Look) -> None:
         super().__init__(look)
         from prompt_toolkit import PromptSession
-        from prompt_toolkit.patch_stdout import StdoutProxy
+        from prompt_toolkit.styles import Style
 
+        plain = Style.from_dict({"bottom-toolbar": "noreverse"})
         self._session: PromptSession[str] = PromptSession(
             history=_toolkit_history(),
             input_processors=[_toolkit_mask()],
@@ -1279,28 +1961,79 @@ class ToolkitTerminal(Screen):
             complete_while_typing=False,
             erase_when_done=True,
             refresh_interval=1.0,
+            style=None if look.colors else plain,
         )
-        self._output = StdoutProxy(raw=True, sleep_between_writes=0.02)
         # Printing above the prompt takes no time; in cooked mode the keys that are
         # typed in that time would be echoed into what is printed.
         self._cooked_mode = self._session.app.input.cooked_mode
         self._session.app.input.cooked_mode = contextlib.nullcontext  # type: ignore[method-assign]
+        # Guards what follows, and the terminal while no prompt stands; notified when all is shown.
+        self._printed = threading.Condition()
+        self._waiting: deque[str] = deque()
+        self._prompting: PromptSession[str] | None = None  # from before its prompt stands to behind
+        self._scheduled = False  # its event loop is about to print
 
     def read(self) -> str:
         """Return the text that is typed next; a paste may have several lines."""
-        line, self._given_back = self._given_back, ""
-        return self._session.prompt(self._prompt, default=line)
+        text = self._run(self._session, self._prompt, default=self._take_back())
+        self._interrupted = -math.inf
+        return text
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own."""
-        from prompt_toolkit import prompt
+        from prompt_toolkit import PromptSession
 
-        return prompt(question, is_password=secret)
+        asking: PromptSession[str] = PromptSession()
+        return self._run(asking, question, is_password=secret)
+
+    def _run(self, session: PromptSession[str], prompt: Any, **options: Any) -> str:
+        with self._printed:
+            self._prompting, self._scheduled = session, True  # by what runs before the prompt
+        try:
+            return session.prompt(prompt, pre_run=self._print, **options)
+        finally:
+            with self._printed:
+                self._prompting = None
+                self._print()
 
     def show(self, item: Line | Notice) -> None:
         """Print an item above the half-typed line."""
-        self._output.write(self._render(item) + "\n")
-        self._output.flush()
+        text = self._render(item)
+        with self._printed:
+            self._waiting.append(text)
+            if self._prompting is None:
+                self._print()
+            else:
+                self._schedule()
+            if threading.current_thread() is not threading.main_thread():
+                self._printed.wait_for(lambda: len(self._waiting) < MAX_HELD)
+
+    def _schedule(self) -> None:
+        """Have the event loop of the prompt print what waits, once."""
+        loop = self._prompting.app.loop if self._prompting else None
+        if loop and not self._scheduled:
+            self._scheduled = True
+            with contextlib.suppress(RuntimeError):  # it has just ended; `_run` prints
+                loop.call_soon_threadsafe(self._print_above)
+
+    def _print_above(self) -> None:
+        from prompt_toolkit.application import run_in_terminal
+
+        session = self._prompting
+        if session and session.app.is_running:
+            run_in_terminal(self._print)
+
+    def _print(self) -> None:
+        """Print what waits; in the main thread, or where no prompt stands."""
+        with self._printed:
+            while self._waiting:
+                self._write((self._waiting.popleft() + "\n").replace("\n", "\r\n"))
+            self._scheduled = False
+            self._printed.notify_all()
+            if self._given_back and self._prompting is self._session:
+                buffer = self._session.default_buffer
+                if self._session.app.is_running and not buffer.text:
+                    buffer.insert_text(self._take_back())
 
     def suspend(self) -> None:
         """Stop as Ctrl-Z does in any program, with the terminal as the shell wants it."""
@@ -1309,21 +2042,29 @@ class ToolkitTerminal(Screen):
 
     def leave(self) -> None:
         """Have the prompt end in its own good order, and raise `Leave` then."""
-        app = self._session.app
-        if app.is_running and app.loop:
+        if hasattr(signal, "SIGTTOU"):  # in the background it would be stopped for that
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        app = self._prompting.app if self._prompting else None
+        if app and app.is_running and app.loop:
             app.loop.call_soon_threadsafe(self._exit)
         else:
             raise Leave
 
     def _exit(self) -> None:
-        app = self._session.app
-        if app.future and not app.future.done():
+        app = self._prompting.app if self._prompting else None
+        if app and app.future and not app.future.done():
             app.exit(exception=Leave())
 
-    def close(self) -> None:
-        """Print what has not been printed yet."""
-        self._output.close()
-        super().close()
+    def interrupt(self, app: Application[str]) -> None:
+        """Clear what is typed, or leave, as Ctrl-C means."""
+        if app.current_buffer.text:
+            app.current_buffer.reset()
+        elif self.means_to_leave():
+            app.exit(exception=KeyboardInterrupt)
+        else:
+            with self._printed:
+                self._waiting.append(self._render(Notice(HOW_TO_LEAVE)))
+                self._schedule()
 
     def _status(self) -> str:
         chat = self.chat
@@ -1377,11 +2118,8 @@ def _toolkit_keys(screen: ToolkitTerminal) -> KeyBindings:
     bindings = KeyBindings()
 
     @bindings.add("c-c")
-    def clear_or_leave(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
-            event.current_buffer.reset()
-        else:
-            event.app.exit(exception=KeyboardInterrupt)
+    def interrupt(event: KeyPressEvent) -> None:
+        screen.interrupt(event.app)
 
     if hasattr(signal, "SIGTSTP"):
 
@@ -1397,7 +2135,7 @@ def _toolkit_keys(screen: ToolkitTerminal) -> KeyBindings:
 
 def write(chat: ChatClient, screen: Screen) -> int:
     """Send what is typed until there is no more; return how many lines were refused."""
-    refused = 0
+    refused, doubted = 0, ""
     while True:
         try:
             lines = screen.read().split("\n")
@@ -1409,16 +2147,54 @@ def write(chat: ChatClient, screen: Screen) -> int:
             continue
         for line in lines:
             if (protocol.command(line) or ("",))[0] == "quit":
-                return refused
-            try:
-                if screen.interactive and line.strip() == "/op":
-                    line = _with_password(screen)
-                chat.send(line)
-                if screen.interactive and chat.away and line.strip():
-                    screen.show(Notice(f"to be sent when we are back: {discreet(line)}"))
-            except Refusal as refusal:
-                refused += 1
-                screen.show(Notice(f"not sent: {refusal}", line if discreet(line) == line else ""))
+                return refused + _warn_of_rest(screen)
+            if screen.interactive and len(lines) == 1 and line != doubted and line in EXITS:
+                screen.show(Notice(f"/quit leaves; Enter says {line} to everyone", line))
+                doubted = line
+                continue
+            doubted = ""
+            refused += not _say(chat, screen, line)
+
+
+def _warn_of_rest(screen: Screen) -> bool:
+    """Say so when there is more input behind a ``/quit`` than will be said."""
+    if isinstance(screen, Pipe) and screen.has_more():
+        screen.show(Notice("what stands behind /quit was not said; --verbatim says it as well"))
+        return True
+    return False
+
+
+def _say(chat: ChatClient, screen: Screen, line: str) -> bool:
+    """Send a line; return False, and have it mended, if the room cannot carry it."""
+    try:
+        if screen.interactive:
+            line = _guarded(screen, line.replace("\t", " "))
+        chat.send(line)
+        if screen.interactive and chat.away and line.strip():
+            screen.show(Notice(f"to be sent when we are back: {discreet(line)}"))
+        return True
+    except Refusal as refusal:
+        reason = explain_refusal(refusal, line.encode("utf-8", "replace"), chat.fmt)
+        screen.show(Notice(f"not sent: {reason}", line if discreet(line) == line else ""))
+        return False
+
+
+def _guarded(screen: Screen, line: str) -> str:
+    """Return what may be sent of a line: a password only as one, unless its author insists."""
+    if line.strip() == "/op":
+        return _with_password(screen)
+    if discreet(line) == line or (protocol.command(line) or ("",))[0] == "op":
+        return line
+    try:
+        answer = screen.ask("That looks like a password; say it to everyone? (yes/no) ")
+    except Leave:
+        raise
+    except (KeyboardInterrupt, EOFError):
+        answer = ""
+    if answer.strip().lower() in ("y", "yes"):
+        return line
+    screen.show(Notice("not said; /op alone asks for the password"))
+    return ""
 
 
 def _with_password(screen: Screen) -> str:
@@ -1430,10 +2206,22 @@ def _with_password(screen: Screen) -> str:
     except (KeyboardInterrupt, EOFError):
         screen.show(Notice("no password was given"))
         return ""
+    finally:
+        screen.hush(quiet=False)
+
+
+def explain_refusal(refusal: Refusal, line: bytes, fmt: str) -> str:
+    """Return why a line was refused, with the remedy where that is another format."""
+    remedy = (
+        "" if line.isascii() or fmt != "ascii" else "; --format utf-8 is for rooms that have it"
+    )
+    return f"{refusal}{remedy}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Chat until the user leaves; return the exit status."""
+    if sys.stderr is None:  # or what is said there would go to standard output
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the program
     options = _parser().parse_args(arguments)
     if sys.stdin is None or sys.stdout is None:
         return _fail("standard input and output are closed; leave them open")
@@ -1468,6 +2256,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         fingerprint=options.tls_fingerprint or "",
         show=screen.show,
         ended=lambda: _interrupt_main(screen),
+        give_up=options.give_up,
     )
     try:
         _join(chat, screen)
@@ -1478,8 +2267,8 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     refused = 0
     try:
         refused = write(chat, screen)
-        if options.listen and not screen.interactive:
-            chat.wait()
+        if isinstance(screen, Pipe) and options.listen:
+            screen.closed.wait()  # or the end of the conversation, which interrupts
         elif not screen.interactive:
             chat.flush()
     except KeyboardInterrupt:
@@ -1492,6 +2281,8 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         screen.show(Notice(f"not sent: {discreet(text)}"))
     if chat.reason:
         raise Refused(chat.reason)
+    if isinstance(screen, Pipe) and screen.failure:
+        return _fail(screen.failure)
     return 1 if not screen.interactive and (refused or unsent or chat.failed) else 0
 
 
@@ -1508,41 +2299,78 @@ def _name(screen: Screen, name: str = "") -> str:
 
 
 def _join(chat: ChatClient, screen: Screen) -> None:
-    """Get into the room, with another name or password if the first will not do."""
+    """Get into the room at one of its servers, with another name or password if need be."""
     was_asked = chat.entrance.password is None
-    while True:
-        try:
-            chat.connect()
-            return
-        except NameRefused as refused:
-            if not screen.interactive:
-                raise
-            screen.show(Notice(str(refused)))
-            chat.place.name = _name(screen)
-        except PasswordRefused as refused:
-            if not was_asked:
-                raise
-            if chat.entrance.password is not None:
-                screen.show(Notice(str(refused)))
+    try:
+        while True:
             try:
-                password = screen.ask("Password of the room: ", secret=True)
-                chat.entrance = chat.entrance._replace(password=password)
-            except EOFError:
-                raise Refused("no password was given") from None
+                return chat.connect()
+            except NameRefused as refused:
+                if not screen.interactive:
+                    raise
+                screen.show(Notice(str(refused)))
+                chat.place.name = _name(screen)
+            except PasswordRefused as refused:
+                if not was_asked:
+                    raise
+                if chat.entrance.password is not None:
+                    screen.show(Notice(str(refused)))
+                try:
+                    chat.entrance.password = screen.ask("Password of the room: ", secret=True)
+                except EOFError:
+                    raise Refused("no password was given") from None
+            except PutOut:
+                raise
+            except (OSError, UnicodeError, Refused):
+                if chat.entrance.turn_to_next():
+                    raise
+    finally:
+        screen.hush(quiet=False)
 
 
 def _screen(options: argparse.Namespace) -> Screen:
     """Return the best screen for where standard input and output lead."""
     look = Look(timestamps=options.timestamps)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return Pipe(look, options.format)
-    dumb = os.environ.get("TERM", "") in ("", "dumb")
-    look.color = not (options.no_color or os.environ.get("NO_COLOR") or dumb)
+        return Pipe(look, options.format, verbatim=options.verbatim)
     look.bell = not options.no_bell
-    if not dumb:
-        with contextlib.suppress(ImportError):
-            return ToolkitTerminal(look)
+    term = os.environ.get("TERM", "")
+    if term in ("", "dumb") and os.name != "nt":
+        return DumbTerminal(look)
+    if not (options.no_color or os.environ.get("NO_COLOR")):
+        look.colors = 256 if "256color" in term or "COLORTERM" in os.environ else 16
+    _widen_locale()
+    with contextlib.suppress(ImportError):
+        return ToolkitTerminal(look)
     return ReadlineTerminal(look)
+
+
+def _widen_locale() -> None:
+    """Have readline know characters of several bytes, as Python does, where the locale is C."""
+    import locale
+
+    given = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_CTYPE", "LANG"))), "C")
+    if given not in ("C", "POSIX"):
+        return
+    for name in ("C.UTF-8", "UTF-8"):
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, name)
+            os.environ["LC_ALL"] = name
+            return
+
+
+def _hosts(text: str) -> str:
+    try:
+        addresses(text, protocol.PORT)
+    except Refusal as refusal:
+        raise argparse.ArgumentTypeError(str(refusal)) from None
+    return text
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; use 0 or more")
+    return float(text)
 
 
 def _fingerprint(text: str) -> str:
@@ -1587,14 +2415,23 @@ def _interrupt_main(screen: Screen) -> None:
         screen.leaving.wait(0.05)  # and again: readline can miss a signal
 
 
+def complain(text: str) -> None:
+    """Say something on standard error, if anybody listens there."""
+    try:
+        print(f"client.py: {text}", file=sys.stderr, flush=True)
+    except OSError:  # what is still in the buffer must not be tried again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def _fail(text: str) -> int:
-    print(f"client.py: {text}", file=sys.stderr)
+    complain(text)
     return 1
 
 
 def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Say why there is no connection and what to do about it."""
-    where = f"{options.host} port {options.port}"
+    servers = addresses(options.host, options.port)
+    where = " or ".join(f"{host} port {port}" for host, port in servers)
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"the certificate of {where} is not trusted: {error.verify_message};"
@@ -1620,7 +2457,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     option = parser.add_argument
     option("--name", default="", help="yours in the room; asked for without it")
-    option("--host", default=protocol.HOST, help="the server's (default: %(default)s)")
+    option(
+        "--host",
+        default=protocol.HOST,
+        type=_hosts,
+        help="the server's, or HOST:PORT, or several of a room, A,B:PORT (default: %(default)s)",
+    )
     option("--port", type=protocol.port, default=protocol.PORT, help="(default: %(default)s)")
     option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="the server's too")
     option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")
@@ -1633,6 +2475,14 @@ def _parser() -> argparse.ArgumentParser:
         help="speak TLS with the certificate that the server logs at its start",
     )
     option("--listen", action="store_true", help="in a pipe, stay after the end of input")
+    option("--verbatim", action="store_true", help="in a pipe, no line is a command")
+    option(
+        "--give-up",
+        type=_seconds,
+        default=math.inf,
+        metavar="SECONDS",
+        help="leave when a lost server is not back by then (default: go on trying)",
+    )
     option("--timestamps", action="store_true", help="show when each line came")
     option("--no-color", action="store_true", help="as the variable NO_COLOR does")
     option("--no-bell", action="store_true", help="for your name and private lines")

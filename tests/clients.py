@@ -18,7 +18,7 @@ from pathlib import Path
 
 from chat import DEADLINE
 
-from client import ChatClient, Notice
+from client import ChatClient, Mark, Notice
 from protocol import Line
 
 HOST = "127.0.0.1"
@@ -53,8 +53,12 @@ class Shown:
 
     @property
     def notices(self) -> list[str]:
-        """What the client itself had to say."""
-        return [item.text for item in self.items if isinstance(item, Notice)]
+        """What the client itself had to say, without its marks."""
+        return [
+            item.text
+            for item in self.items
+            if isinstance(item, Notice) and not isinstance(item, Mark)
+        ]
 
     def wait_for(self, wanted: str) -> None:
         """Wait until a text is shown that holds a wanted one."""
