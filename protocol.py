@@ -410,6 +410,7 @@ COMMANDS = {
     "names": ("/names", "see who is here"),
     "me": ("/me ACTION", "say what you do"),
     "msg": ("/msg NAME TEXT", "say something to one person alone"),
+    "reply": ("/reply TEXT", "answer who wrote to you alone; /r TEXT does it too"),
     "nick": ("/nick NAME", "change your name"),
     "history": ("/history [N]", "see the last N lines with their times"),
     "search": ("/search WORD", "see the last lines with WORD in them"),
@@ -775,14 +776,22 @@ def you_are_banned(by: str, until: float, reason: str) -> str:
     return answer(f"you are banned by {by} {ban_lasts(until, reason)}")
 
 
-def banned(whom: str, until: float, reason: str, *, note: str = "") -> str:
-    """Confirm a ban; `note` says what it does not do."""
-    return answer(f"{whom} may not come in {ban_lasts(until, reason)}{note}")
+def banned(whom: str, until: float, reason: str, *, durable: bool) -> str:
+    """Confirm a ban, and say so if it ends with the server, which keeps no history."""
+    lasts = ban_lasts(until, reason)
+    if not until and not durable:
+        lasts = because("until the server ends, which keeps no history", reason)
+    return answer(f"{whom} may not come in {lasts}")
 
 
 def ban_listed(name: str, address: str, by: str, until: float, reason: str) -> str:
     """Tell of one ban."""
     return answer(f"{name} {address or '-'} by {by} {ban_lasts(until, reason)}")
+
+
+def because_banned(until: float, reason: str) -> str:
+    """Tell why somebody is put out: a ban, until when and why."""
+    return f"banned {ban_lasts(until, reason)}"
 
 
 def was_put_out(name: str) -> str:
@@ -802,21 +811,22 @@ NAME_TAKEN = "the name {name} is taken; choose another"
 NAME_LOOKS_TAKEN = "the name {name} looks like {other}, who is here; choose another"
 NAME_BANNED = "the name {name} is banned; choose another"
 NOBODY_CALLED = "nobody here is called {name}; /names lists who is here"
-HAS_LEFT = "{name} has left already"
+HAS_LEFT = "they have left already"
 NOT_READING = "{name} is not reading; try again later"
 NOBODY_WROTE = "nobody has written to you alone yet; /msg NAME TEXT writes first"
+CORRESPONDENT_LEFT = "who wrote to you last has left; /msg NAME TEXT writes to others"
 NOT_BANNED = "nobody called {name} is banned; /bans lists who is"
+ONLY_OPERATORS = "only operators can do that; /op PASSWORD makes you one"
 OWN_BAN = "that would put you out too; choose somebody else"
+NOT_STORED = "it could not be stored; try again later"
 UNFORESEEN = "something went wrong here; try again"
 
 # Answers.
 NOTHING_SAID = answer("nothing has been said yet")
-NOT_STORED = not_sent("it could not be stored; try again later")
+NOT_ANNOUNCED = answer("the room was not told: it could not be stored")
 NOT_KEPT = answer("it could not be stored, and will be forgotten when the server ends")
-UNTIL_THE_END = ", or until the server ends: it keeps no history"
 UNREADABLE = answer("the history cannot be read; try again later")
 HISTORY_USAGE = answer("usage: /history [N], N from 1 to {most}")
-ONLY_OPERATORS = answer("only operators can do that; /op PASSWORD makes you one")
 NO_OPERATORS = answer("this room has no operators")
 NO_MORE_OP_TRIES = answer("that was the third wrong password; there are no more tries here")
 OPERATOR = answer("you are an operator; /kick, /ban, /unban and /bans are yours")
@@ -931,6 +941,10 @@ class Connection:
         # Guards the descriptor: no other thread can be inside a call on it while
         # the owner closes it and the system gives its number to a new connection.
         self._lock = threading.Lock()
+
+    def own_host(self) -> str:
+        """Return the address of this end."""
+        return str(self._sock.getsockname()[0])
 
     def fileno(self) -> int:
         """Return the descriptor, -1 when closed (for selectors)."""

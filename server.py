@@ -1,4 +1,4 @@
-"""The chat server: one room, a thread per client and one broadcaster.
+"""The chat server: one room, a thread per client and one that applies what happens.
 
     python server.py --port 55555
 
@@ -7,30 +7,52 @@ or, from Python::
     with ChatServer(port=0) as server:
         print("listening on port", server.port)
 
-What comes first is built upon by what follows: history, clients, room, commands,
-server.  The way of a message from socket to socket, and where to read on:
+The way of a message, in the order in which the functions stand below:
 
-    ChatServer.receive      accepts a connection and starts its thread, which
-    ChatServer.handle       lets the client in and reads its lines;
-    ChatServer._hear        looks at them and puts what is said into the queue, by
-    Room.broadcast          which wakes the broadcaster's thread;
-    Room._round             takes the queue,
-    History.append          gives the lines their positions, on disk if wanted, and
-    Room._serve_slice       sends each client all that follows its cursor.
+    ChatServer.receive          accepts a connection and starts its thread, which runs
+    ChatServer.handle           from the first byte to the last:
+    Client.admit                gets a name, and a place in the room for it,
+    Client.read                 takes what comes, no faster than its allowance, and has
+    Client.hear                 look at each line: said, or a command;
+    Client.broadcast            hands it in as an entry, by
+    EntryLog.hand_in            which wakes the broadcaster's thread.  In rounds,
+    Broadcaster._apply_waiting  applies what was handed in, entry by entry, with
+    Room.apply                  which says what becomes of it; stores it by
+    History.append              which gives the lines their positions; and
+    Broadcaster._send_slice     gives each client all that follows its cursor.
 
-Nothing but the broadcaster writes to a client that has joined, so a client that
-does not read delays nobody.
+Who touches what:
+
+    thread              touches                                         under
+    accept              the listener                                    -
+                        who is connected, from where (Connections)      its lock
+    a client's own      Client: what has come and is not said yet       -
+    any                 entries on their way (EntryLog)                 its lock
+                        what waits for one client (Gate)                its lock
+                        lines and times in memory (History)             its lock
+    the broadcaster     Room: names, keys, bans, who is here            -
+                        Output: a client's cursor and bytes under way   -
+    the pager           what only the file has, for who is far behind   -
+
+No thread ever holds two locks, and none waits for a socket or a disk under one.  Other
+threads read the room as the broadcaster has published it (`Broadcaster.room`); a
+published room does not change.
+
+A client's life, as its thread sees it and as the broadcaster does:
+
+    at the door -> in the room -> parting -> draining -> closed
+                   following ->  until its last line -> released
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import enum
 import errno
 import functools
 import gc
 import hashlib
-import hmac
 import ipaddress
 import itertools
 import logging
@@ -51,7 +73,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 try:
     import fcntl
@@ -62,33 +84,2079 @@ except ImportError:  # Windows has neither
 import protocol
 from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsConnection, Waker
 
+# At the door.
+TRIES = 3  # at a name or a password
+WRONG_DELAY = 1.0  # seconds after a wrong password
+BURST = 20  # lines that a client may send at once before the rate counts
+BACKLOG = 1024  # connections that the system may keep waiting for accept()
+LINGER = 1.0  # seconds for a client to close after our last line
+STACK = 128 * 1024  # bytes for a client's thread, whose calls are few and shallow
+# In the room.
+HELD = 15.0  # seconds that a place is kept for its key: longer than a change of network takes
+MAIL_KEPT = 600.0  # seconds that private lines outlive the stay of who has not confirmed them
+MAIL_LINES = 1000  # private lines kept for a key
+MAIL_BYTES = 256 * 1024
+MAX_GONE = 1000  # people who left, of whom the address is known should they be banned
+# In the broadcaster.
 SLICE = 100  # clients served, in a millisecond or so, before a round takes in what came meanwhile
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
 REST = 0.25  # of a round's length is rested after it, ROUND at most, so that others can run
+MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
+OUTBOX_LINES = 1000  # lines for one client alone that may wait
+OUTBOX_BYTES = 256 * 1024
+PARTING = 10.0  # seconds without progress until what is left for somebody who leaves is given up
+STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
+STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
+# In the history.
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
 ROWS = 199  # lines inserted by a statement, five values each; older SQLites take 999 in all
 PAGE = 500  # lines read from the file at once for who is behind
 CHUNK = 1024  # lines given to a client at once: 50 KB as people write, 1.2 MB at the most
-MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
-OUTBOX_LINES = 1000  # private lines waiting for one client
-OUTBOX_BYTES = 256 * 1024
-BURST = 20  # lines that a client may send at once before the rate counts
-STAMP = "%Y-%m-%d %H:%MZ"  # how times are shown
-TRIES = 3  # at a name or a password
-WRONG_DELAY = 1.0  # seconds after a wrong password
 MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
-STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
-STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
-LINGER = 1.0  # seconds for a client to close after our last line
-BACKLOG = 1024  # connections that the system may keep waiting for accept()
+# On the console.
 MAX_RECORDS = 10_000  # of the log, waiting to be written; more are dropped
-STACK = 128 * 1024  # bytes for a client's thread, whose calls are few and shallow
 SPARE_DESCRIPTORS = 32  # kept free for the listener, the log and the broadcaster
 
 log = logging.getLogger("chat")
 
 
-# --- History -----------------------------------------------------------------
+class Gone(Exception):
+    """The client's words do not count any more, by somebody else's doing."""
+
+
+class Denied(Refusal):
+    """What is refused is not a line, and the answer says no more than why."""
+
+
+class Farewell(Exception):
+    """The server ends a connection: the reason for the console and a last line for the client."""
+
+    def __init__(self, reason: str, line: str = "") -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+# --- The server --------------------------------------------------------------
+
+
+class Limits(NamedTuple):
+    """What one client, one address and all together may take."""
+
+    max_clients: int = 1000  # in the room
+    max_per_address: int = 50  # connections; loopback is exempt
+    max_unnamed: int = 64  # connections that are not in the room yet
+    name_deadline: float = 30.0  # seconds for name, password and TLS handshake together
+    rate_limit: float = 5.0  # lines a second for each client after `BURST` at once; 0: no limit
+
+
+class ChatServer:
+    """The door of the room: listens, and gives each connection its thread.
+
+    `port` 0 takes any free one; `server.port` tells which.  `history` is a file
+    for a durable one, `tls` a server's context; both passwords and `tls` may be
+    replaced while it runs.  Other options are those of `Limits`.  Raise `OSError`
+    when the address cannot be listened on and `HistoryError` when the file cannot
+    be used.
+    """
+
+    def __init__(
+        self,
+        host: str = protocol.HOST,
+        port: int = protocol.PORT,
+        fmt: str = protocol.FORMAT,
+        *,
+        history: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        password: str | None = None,
+        op_password: str | None = None,
+        **limits: float,
+    ) -> None:
+        self.fmt = fmt
+        self.tls = tls
+        self.password = protocol.password_bytes(password) if password else None
+        self.op_password = protocol.password_bytes(op_password) if op_password else None
+        self.limits = Limits(**limits)  # type: ignore[arg-type]
+        self._listener = _listen_on(host, port)
+        self.host, self.port = self._listener.getsockname()[:2]
+        try:
+            self.history = History(fmt) if history is None else FileHistory(history, fmt)
+        except BaseException:
+            self._listener.close()
+            raise
+        self.connections = Connections(self.limits)
+        self.broadcaster = Broadcaster(self.history)
+        self.stopping = threading.Event()
+        self._sessions = itertools.count(1)
+        self._waker = Waker()
+        self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
+
+    def __enter__(self) -> ChatServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def clients(self) -> list[Client]:
+        """All connections, in the order in which they came."""
+        return self.connections.all()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all who are here, in the order in which they joined."""
+        return self.broadcaster.room.present()
+
+    def start(self) -> None:
+        """Start the broadcaster and let people in."""
+        self.broadcaster.start()
+        self._receiver.start()
+        log.info("listening on %s:%d", self.host, self.port)
+
+    def receive(self) -> None:
+        """Accept connections until the server stops, whatever goes wrong.
+
+        The classic's name for it: what a server receives here is connections.
+        """
+        delay = 0.0
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            selector.register(self._waker, selectors.EVENT_READ)
+            while not self.stopping.is_set():
+                selector.select()
+                try:
+                    self._accept()
+                    delay = 0.0
+                except BlockingIOError:
+                    pass  # reset before we came, or the server stops
+                except (OSError, RuntimeError, MemoryError) as error:
+                    if not delay:
+                        log.error("cannot accept a connection: %s; trying again", error)
+                    delay = min(1.0, delay * 2 or 0.010)
+                    self.stopping.wait(delay)
+
+    def handle(self, client: Client) -> None:
+        """Serve one client from its first byte to its last; each thread's main function."""
+        farewell = Farewell("the input ended")
+        try:
+            client.admit()
+            client.read()
+        except Farewell as error:
+            farewell = error
+        except Gone:
+            farewell = Farewell("the server ended it")
+        except OSError as error:
+            farewell = Farewell(str(error))
+        except Exception:
+            log.exception("%s: a fault; the connection ends", client)
+            farewell = Farewell("a fault")
+        finally:
+            client.part(farewell)
+            self.connections.remove(client)
+
+    def stop(self) -> None:
+        """Deliver what was accepted, say goodbye and close; at most five seconds."""
+        if self.stopping.is_set():
+            return
+        self.stopping.set()
+        self._waker.wake()
+        self._receiver.join()
+        self._listener.close()
+        self.broadcaster.stop()
+        for client in self.clients:
+            client.dismiss()
+        self.connections.end_all(socket.SHUT_WR)
+        self.connections.end_all(socket.SHUT_RDWR)  # whoever did not close
+        for thing in (self._waker, self.broadcaster, self.history):
+            thing.close()
+        log.info("stopped")
+
+    def _accept(self) -> None:
+        """Accept one connection and start its thread."""
+        sock, (host, port, *_) = self._listener.accept()
+        try:
+            connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
+            client = Client(self, next(self._sessions), connection, protocol.escape(host), port)
+        except BaseException:
+            sock.close()
+            raise
+        self.connections.add(client)
+        try:
+            threading.Thread(target=self.handle, args=[client], daemon=True).start()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                client.connection.send(_encoded(protocol.BUSY))
+            self.connections.remove(client)
+            raise
+
+
+def _listen_on(host: str, port: int) -> socket.socket:
+    """Return a listening socket, for IPv6 too."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listener = socket.create_server((host, port), family=found[0][0], backlog=BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+class Connections:
+    """Who is connected and from where, named or not; any thread, under its lock."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._all: dict[Client, None] = {}  # in the order in which they came
+        self._unnamed: dict[Client, None] = {}  # those of them that have not joined
+        self._addresses: Counter[str] = Counter()
+        self._claiming: set[Client] = set()  # those of them that ask for a place in the room
+        # Guards all of the above; notified when a connection has ended.
+        self._changed = threading.Condition()
+
+    def all(self) -> list[Client]:
+        """Return all clients, in the order in which they came."""
+        with self._changed:
+            return list(self._all)
+
+    def add(self, client: Client) -> None:
+        """Count a connection, and end the oldest that has no name if there are too many."""
+        with self._changed:
+            self._all[client] = self._unnamed[client] = None
+            self._addresses[client.address] += 1
+            if len(self._unnamed) <= self.limits.max_unnamed:
+                return
+            oldest = next(iter(self._unnamed))
+            del self._unnamed[oldest]
+        log.info("%s closed: too many connections without a name", oldest)
+        oldest.end()
+
+    def remove(self, client: Client) -> None:
+        """Close a connection; the last thing that happens to it."""
+        client.connection.close()
+        with self._changed:
+            del self._all[client]
+            self._unnamed.pop(client, None)
+            self._addresses[client.address] -= 1
+            if not self._addresses[client.address]:
+                del self._addresses[client.address]
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def place(self, client: Client, broadcaster: Broadcaster, key: str) -> Iterator[None]:
+        """Reserve a place in the room while a client claims a name; raise `Farewell`.
+
+        Who comes with the key of a place needs no other.  Meanwhile the client is not
+        the oldest without a name.
+        """
+        with self._changed:
+            room = broadcaster.room  # here: who was decided on meanwhile counts there
+            if key not in room.keys:
+                self._check_space(client, room)
+            self._claiming.add(client)
+            self._unnamed.pop(client, None)
+        try:
+            yield
+        except Refusal:  # it can try another name
+            with self._changed:
+                self._unnamed[client] = None
+            raise
+        finally:
+            with self._changed:
+                self._claiming.discard(client)
+
+    def _check_space(self, client: Client, room: Room) -> None:
+        assert self._is_locked()
+        undecided = sum(other.session not in room.sessions for other in self._claiming)
+        if len(room.stays) + undecided >= self.limits.max_clients:
+            raise Farewell("the room is full", protocol.ROOM_FULL)
+        from_there = self._addresses[client.address]
+        if from_there > self.limits.max_per_address and not _is_loopback(client.address):
+            raise Farewell("too many connections from its address", protocol.ADDRESS_FULL)
+
+    def end_all(self, how: int) -> None:
+        """Shut all connections down and wait a while for their threads to end."""
+        for client in self.all():
+            client.end(how)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._all, STOP_CLOSE)
+
+    def _is_locked(self) -> bool:
+        return self._changed._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+
+def network(host: str, own: str) -> str:
+    """Return what counts as one address: an IPv6 /64 is, unless it is link-local or our `own`."""
+    if ":" not in host:
+        return host
+    address = ipaddress.IPv6Address(host.partition("%")[0])
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    around = ipaddress.IPv6Network((address, 64), strict=False)
+    ours = own.partition("%")[0]
+    if address.is_link_local or (":" in ours and ipaddress.IPv6Address(ours) in around):
+        return str(address)
+    return str(around)
+
+
+def _is_loopback(address: str) -> bool:
+    return "/" not in address and ipaddress.ip_address(address).is_loopback
+
+
+def _encoded(line: str, fmt: str = protocol.FORMAT) -> bytes:
+    """Return a line as it is sent, of text that was checked when it came in."""
+    return f"{line}\n".encode(fmt)
+
+
+# --- A client's thread -------------------------------------------------------
+
+
+class Allowance:
+    """A client's right to send: `rate` lines a second after a burst; 0 is no limit."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._tokens = float(BURST)
+        self._since = time.monotonic()
+
+    def draw(self, wanted: int) -> int:
+        """Return how many of `wanted` lines may pass now."""
+        if not self.rate:
+            return wanted
+        now = time.monotonic()
+        self._tokens = min(BURST, self._tokens + (now - self._since) * self.rate)
+        self._since = now
+        drawn = min(wanted, int(self._tokens))
+        self._tokens -= drawn
+        return drawn
+
+    def delay(self) -> float:
+        """Return the seconds until a line may pass."""
+        return max(0.0, (1 - self._tokens) / self.rate)
+
+
+class Client:
+    """One connection and its input; its own thread's, but for `end`, `dismiss` and `str`.
+
+    `session` is the connection's number, under which its entries are handed in.
+    """
+
+    def __init__(
+        self, server: ChatServer, session: int, connection: Connection, host: str, port: int
+    ) -> None:
+        self.server = server
+        self.session = session
+        self.connection = connection
+        self.host = host
+        self.port = port
+        self.address = network(host, connection.own_host())
+        self.name = ""
+        self.output = Output(session, connection)  # the broadcaster's own, once we are in the room
+        self.gate = self.output.gate
+        self.wrong_passwords = 0  # given with /op
+        self._prefix = b""  # of what it says
+        self._framer = Framer()
+        self._telnet = protocol.Telnet()
+        self._unread: list[bytes] = []  # lines that came, not yet looked at
+        self._handed_in = 0  # the number of its last entry
+
+    def __str__(self) -> str:
+        return f"{self.name or 'unnamed'} ({self.host}:{self.port})"
+
+    # From any thread.
+
+    def end(self, how: int = socket.SHUT_RDWR) -> None:
+        """Let its thread find the end of the input, whatever it waits for."""
+        self.gate.close()
+        self.connection.shutdown(how)
+
+    def dismiss(self) -> None:
+        """Say goodbye to somebody at the door; who is in the room hears it there."""
+        if not self.name and self.output.until is None:
+            with contextlib.suppress(OSError):
+                self.connection.send(_encoded(protocol.SHUTTING_DOWN))
+
+    # At the door.
+
+    def admit(self) -> None:
+        """Ask for a name, and for the password, until the client is in the room."""
+        deadline = time.monotonic() + self.server.limits.name_deadline
+        self._shake_hands(deadline)
+        is_trusted = self.server.password is None
+        for _ in range(TRIES):
+            self.connection.send(b"NICK\n")
+            line = self._next_line(deadline)
+            if not is_trusted:
+                self._ask_password(deadline)
+                is_trusted = True
+            try:
+                return self._claim(protocol.introduction(protocol.decode(line, self.server.fmt)))
+            except Refusal as refusal:
+                self.connection.send(self._line(protocol.answer(str(refusal))))
+        raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
+
+    def _shake_hands(self, deadline: float) -> None:
+        try:
+            self.connection.shake_hands(deadline)
+        except ssl.SSLError as error:
+            raise Farewell(f"no TLS: {error.reason}", protocol.WANTS_TLS) from None
+        except TimeoutError:
+            raise Farewell("no TLS in time", protocol.WANTS_TLS) from None
+
+    def _ask_password(self, deadline: float) -> None:
+        right = self.server.password or b""
+        for left in reversed(range(TRIES)):
+            self.connection.send(b"PASS\n")
+            if protocol.is_password(self._next_line(deadline), right):
+                return
+            log.warning("%s gave a wrong password", self)
+            self.gate.pause(WRONG_DELAY)
+            if left:
+                self.connection.send(_encoded(protocol.WRONG_PASSWORD))
+        raise Farewell("no right password", protocol.NO_MORE_PASSWORDS)
+
+    def _next_line(self, deadline: float) -> bytes:
+        """Return the next line of one that has not joined yet."""
+        while not self._unread:
+            try:
+                data = self.connection.receive(deadline)
+            except TimeoutError:
+                raise Farewell("no name in time", protocol.TOO_LATE) from None
+            if not data:
+                raise Farewell("left without a name")
+            self._unread = self._frame(data)
+            foreign = protocol.foreign_protocol((self._unread or [self._framer.partial])[0])
+            if foreign:
+                raise Farewell(f"speaks {foreign}", protocol.FOREIGN[foreign])
+            if self._framer.overrun and not self._unread:
+                raise Farewell("speaks no lines", protocol.UNFRAMED)
+        return self._unread.pop(0)
+
+    def _frame(self, data: bytes) -> list[bytes]:
+        """Return the lines that the next bytes complete, and answer what telnet asks in them."""
+        lines = self._framer.feed(self._telnet.feed(data))
+        if self._telnet.answers:
+            # Nothing of ours is under way to somebody who is not in the room.
+            if not self.name:
+                self.connection.send(self._telnet.answers)
+            else:
+                self.broadcast(Answered(self.session, [self._telnet.answers]))
+            self._telnet.answers = b""
+        return lines
+
+    def _claim(self, asked: Introduction) -> None:
+        """Claim a name and a place in the room; raise `Refusal` or `Farewell`."""
+        key = hashlib.sha256(asked.key.lower().encode()).hexdigest() if asked.key else ""
+        claim = Claim(self.session, asked._replace(key=key), self.address, time.time())
+        with self.server.connections.place(self, self.server.broadcaster, key):
+            stay, is_back = self._ask(claim, output=self.output)
+        self._be_called(stay.name)
+        log.info("%s %s", self, "is back" if is_back else "joined")
+
+    def _be_called(self, name: str) -> None:
+        self.name, self._prefix = name, protocol.said(name, "").encode("ascii")
+
+    # In the room.
+
+    def read(self) -> None:
+        """Take what comes until the input ends, no faster than the client may speak."""
+        allowance = Allowance(self.server.limits.rate_limit)
+        while True:
+            while self._unread:
+                count = allowance.draw(len(self._unread))
+                lines, self._unread = self._unread[:count], self._unread[count:]
+                self.hear(lines)
+                if self._unread:
+                    self.gate.pause(allowance.delay())
+            if self._framer.overrun:
+                raise Farewell("speaks no lines", protocol.UNFRAMED)
+            data = self.connection.receive()
+            if not data:
+                return
+            self._unread = self._frame(data)
+
+    def hear(self, lines: list[bytes]) -> None:
+        """Hand in what a client says, and do what it asks for."""
+        if protocol.are_plain(lines, self._prefix):
+            # As they came they are what the room will show: no copy, no look at each.
+            self.broadcast(Said(self.session, lines))
+            return
+        said: list[bytes] = []
+        for line in lines:
+            try:
+                text = protocol.readable(line, self._prefix, self.server.fmt)
+            except Refusal as refusal:
+                said = self._say(said)
+                self.answer(protocol.not_sent(refusal))
+                continue
+            if protocol.is_command(text):
+                said = self._say(said)
+                obey(self, text)
+            elif text.strip():
+                said.append(self._prefix + protocol.unslash(text))
+        self._say(said)
+
+    def _say(self, lines: list[bytes]) -> list[bytes]:
+        """Hand in lines, if any; return the beginning of the next ones."""
+        if lines:
+            self.broadcast(Said(self.session, lines))
+        return []
+
+    def broadcast(self, entry: Entry) -> None:
+        """Hand in what happened; all hear of it in the next round.
+
+        Wait first while the room or the client has more waiting than is good for
+        memory.  Raise `Gone` when its words no longer count.  It touches no socket,
+        so no client can delay another.
+        """
+        self._hand_in(Handed(entry))
+
+    def answer(self, *lines: str) -> None:
+        """Have the client get lines that are for it alone, behind all that it asked before."""
+        if lines:
+            self.broadcast(Answered(self.session, [self._line(line) for line in lines]))
+
+    def whisper(self, stay: Stay, text: str) -> None:
+        """Hand in a line for one person alone, unless they have too many waiting already."""
+        output = self.server.broadcaster.outputs.get(stay.session or 0)
+        size = len(text) + protocol.MAX_NAME + 16
+        if output is None:
+            self.broadcast(Whispered(self.session, stay.number, text))
+        elif not output.gate.reserve(size):
+            self.answer(protocol.not_sent(protocol.NOT_READING.format(name=stay.name)))
+        else:
+            entry = Whispered(self.session, stay.number, text)
+            try:
+                self._hand_in(Handed(entry, reserved=output.gate, size=size))
+            except Gone:
+                output.gate.remove(1, size)
+                raise
+
+    def rename(self, name: str) -> None:
+        """Take another name, and go on when it is decided: what follows is said under it."""
+        with contextlib.suppress(Refusal):  # it was answered where it was refused
+            old = self.name
+            self._be_called(self._ask(Renamed(self.session, name)))
+            log.info("%s was %s", self, old)
+
+    def promote(self) -> None:
+        """Become an operator, and go on when it is so: what follows may rely on it."""
+        self._ask(Promoted(self.session))
+        log.info("%s is an operator", self)
+
+    def is_operator(self) -> bool:
+        """Tell whether it is an operator, as published."""
+        stay = self.server.broadcaster.room.by_session(self.session)
+        return stay is not None and stay.is_operator
+
+    def settle(self) -> None:
+        """Wait until all that it handed in has its place in the history."""
+        if not self.server.broadcaster.log.is_applied(self._handed_in):
+            self._ask(Answered(self.session, []))
+
+    def _ask(self, entry: Entry, output: Output | None = None) -> Any:
+        """Hand in an entry and return what became of it; raise what refused it."""
+        outcome = Outcome()
+        self._hand_in(Handed(entry, outcome, output))
+        return outcome.wait()
+
+    def _hand_in(self, handed: Handed) -> None:
+        # A claim waits for no space: there are as many as connections without a name.
+        gate = self.gate if self.name else None
+        self._handed_in = self.server.broadcaster.log.hand_in(handed, gate)
+
+    def _line(self, line: str) -> bytes:
+        return _encoded(line, self.server.fmt)
+
+    # The one way out.
+
+    def part(self, farewell: Farewell) -> None:
+        """Leave the room if in it, send the last line, and let the other end close first."""
+        if self.name:
+            self._leave(farewell)
+        elif farewell.line:
+            with contextlib.suppress(OSError):
+                self.connection.send(self._line(farewell.line))
+        log.info("%s left: %s", self, self.output.reason or farewell)
+        self.connection.drain(time.monotonic() + LINGER)
+
+    def _leave(self, farewell: Farewell) -> None:
+        """Hand in the end, and wait until the broadcaster has let go of the socket.
+
+        Closed under the broadcaster's hands, its number could be another client's at once.
+        """
+        broadcaster = self.server.broadcaster
+        with contextlib.suppress(Gone):
+            if farewell.line:
+                last = Answered(self.session, [self._line(farewell.line)])
+                broadcaster.log.hand_in(Handed(last))
+            has_left = farewell.line == protocol.BYE
+            entry = (Left if has_left else Lost)(self.session, time.time())
+            broadcaster.log.hand_in(Handed(entry))
+        self.gate.wait_released()
+
+
+# --- The room ----------------------------------------------------------------
+
+# What happens.  `session` is the connection that hands it in, `time` (seconds since the
+# epoch) when it did.  What one does depends on the room and the entry alone.
+
+
+class Claim(NamedTuple):
+    """Somebody asks to join, or comes back with the key of a place."""
+
+    session: int
+    asked: Introduction  # with the key's hash for the key
+    address: str
+    time: float
+
+
+class Said(NamedTuple):
+    """Somebody said or did something."""
+
+    session: int
+    lines: list[bytes]  # as the room shows them, without their newlines
+
+
+class Whispered(NamedTuple):
+    """Somebody wrote to one person alone."""
+
+    session: int
+    to: int  # the stay that was meant
+    text: str
+
+
+class Renamed(NamedTuple):
+    """Somebody asks for another name."""
+
+    session: int
+    name: str
+
+
+class Left(NamedTuple):
+    """Somebody left, for good."""
+
+    session: int
+    time: float
+
+
+class Lost(NamedTuple):
+    """A connection ended; who has a key may come back to its place."""
+
+    session: int
+    time: float
+
+
+class Promoted(NamedTuple):
+    """Somebody gave the operators' password."""
+
+    session: int
+
+
+class Kicked(NamedTuple):
+    """An operator asks for somebody to be put out."""
+
+    session: int
+    who: int  # the stay that was meant
+    reason: str
+
+
+class Banned(NamedTuple):
+    """An operator asks for somebody to be kept out."""
+
+    session: int
+    name: str
+    until: float  # seconds since the epoch; 0 is for good
+    reason: str
+    time: float
+
+
+class Unbanned(NamedTuple):
+    """An operator asks for a ban to end."""
+
+    session: int
+    name: str
+
+
+class Passed(NamedTuple):
+    """Time has passed: bans and the keeping of places may have ended."""
+
+    time: float
+
+
+class Asked(NamedTuple):
+    """Somebody asks what only the room can tell: "names" or "bans"."""
+
+    session: int
+    what: str
+
+
+class Answered(NamedTuple):
+    """The server has something to say to one client alone."""
+
+    session: int
+    lines: list[bytes]  # as they are sent, each with its newline
+
+
+Entry = (
+    Claim | Said | Whispered | Renamed | Left | Lost | Promoted | Kicked | Banned | Unbanned
+    | Passed | Asked | Answered
+)  # fmt: skip
+
+
+# What the broadcaster does for single clients, once the round's lines are stored.
+
+
+class Begin(NamedTuple):
+    """A session begins to follow the room."""
+
+    session: int
+    position: int  # of the next line when it came
+    asked: Introduction
+    greeting: list[str]
+    missed_private: int  # private lines that are not to be had any more
+    mail: tuple[tuple[int, bytes], ...]  # those that are, by position
+
+
+class ToOne(NamedTuple):
+    """A session gets a line for it alone, behind all before a position."""
+
+    session: int
+    position: int
+    line: bytes  # with its newline
+
+
+class Ending(enum.Enum):
+    """How a session stops following the room."""
+
+    LEFT = "left"  # gets what came before, as long as it takes it
+    PUT_OUT = "put out"  # gets its last words, as far as its socket takes them at once
+    REPLACED = "replaced"  # nobody reads there any more
+
+
+class End(NamedTuple):
+    """A session gets nothing from a position on."""
+
+    session: int
+    position: int
+    how: Ending
+    reason: str = ""  # for the console; empty where the client's thread knows better
+
+
+Effect = Begin | ToOne | End
+
+
+class Stay(NamedTuple):
+    """Somebody's time in the room, from joining to leaving, over all their connections."""
+
+    number: int
+    name: str
+    key: str  # hashed; empty for who cannot come back
+    address: str
+    session: int | None  # of the connection; None while the place is kept for the key
+    is_operator: bool = False
+    kept_until: float = math.inf
+    correspondent: int = 0  # the stay that wrote to it alone last
+
+
+class Mail(NamedTuple):
+    """The private lines for a key: how many there ever were, and the last of them."""
+
+    total: int = 0
+    lines: tuple[tuple[int, bytes], ...] = ()  # by position
+    size: int = 0  # of them, in bytes
+    kept_until: float = math.inf  # its owner has left
+
+    def plus(self, position: int, line: bytes) -> Mail:
+        """Return it with one line more, and without the oldest where that is too much."""
+        lines, size = (*self.lines, (position, line)), self.size + len(line)
+        while len(lines) > MAIL_LINES or size > MAIL_BYTES:
+            size -= len(lines[0][1])
+            lines = lines[1:]
+        return Mail(self.total + 1, lines, size)
+
+    def without(self, had: int) -> Mail:
+        """Return it without the lines that its owner has had, of all that there ever were."""
+        if had > self.total:  # they were counted before this room knew the key
+            return Mail(had)
+        lines = self.lines[max(0, len(self.lines) - (self.total - had)) :]
+        return Mail(self.total, lines, sum(len(line) for _, line in lines))
+
+
+class Ban(NamedTuple):
+    """Who may not come in: a name, and the address that it came from if that is known."""
+
+    name: str
+    address: str  # empty when it is not known, or is not to be banned
+    by: str
+    until: float  # seconds since the epoch; 0 is for good
+    reason: str
+
+    def concerns(self, name: str, address: str, now: float) -> bool:
+        """Tell whether it keeps out who comes with this name from this address."""
+        return not self.is_over(now) and (
+            self.is_of(name)
+            or protocol.look(self.name) == protocol.look(name)
+            or address == self.address != ""
+        )
+
+    def is_of(self, name: str) -> bool:
+        """Tell whether it is the ban of this name."""
+        return protocol.fold(self.name) == protocol.fold(name)
+
+    def is_over(self, now: float) -> bool:
+        """Tell whether its time has passed."""
+        return 0 < self.until <= now
+
+
+class Room:
+    """Who is here, who is kept out, and what an entry does; no socket, thread or clock.
+
+    The same entries give the same room, the same lines and the same effects, wherever
+    they are applied and however they are cut into rounds.  A round applies its entries to
+    a `draft` of the room, which becomes the room when its lines are stored; whoever has a
+    room can read it without a lock, since from then on it does not change.
+    """
+
+    __slots__ = (
+        "bans", "deadline", "departed", "durable", "effects", "end", "fmt", "is_shared", "keeps",
+        "keys", "lines", "looks", "mail", "names", "sessions", "stays", "time",
+    )  # fmt: skip
+    _SHARED = ("stays", "names", "looks", "keys", "sessions", "mail", "departed")
+
+    def __init__(
+        self, end: int = 0, bans: Iterable[Ban] = (), *, fmt: str = protocol.FORMAT, durable: bool
+    ) -> None:
+        self.fmt = fmt
+        self.durable = durable  # what is stored outlives the server
+        self.end = end  # the position of the next line
+        self.time = 0.0  # the latest that an entry has brought
+        self.deadline = math.inf  # when something that is kept is not kept any more
+        self.bans = tuple(bans)
+        self.stays: dict[int, Stay] = {}  # by number, as they joined
+        self.names: dict[str, int] = {}  # which stay has a name, folded
+        self.looks: dict[str, int] = {}  # and which one a name that looks like this
+        self.keys: dict[str, int] = {}
+        self.sessions: dict[int, int] = {}
+        self.mail: dict[str, Mail] = {}  # by key
+        self.departed: dict[str, str] = {}  # addresses of who left last, by folded name
+        # Of a draft alone: what the round makes, and whether its lines can be stored.
+        self.lines: list[bytes] = []
+        self.effects: list[Effect] = []
+        self.keeps = True
+        self.is_shared = False  # nothing but lines and effects is the draft's own yet
+
+    def draft(self, *, keeps: bool = True) -> Room:
+        """Return a room to apply entries to; this one stays as it is.
+
+        With `keeps` false the round's lines cannot be stored: what is said is refused to
+        its authors, and nothing is announced.
+        """
+        draft = Room.__new__(Room)
+        for name in self.__slots__:
+            setattr(draft, name, getattr(self, name))
+        draft.lines, draft.effects, draft.keeps, draft.is_shared = [], [], keeps, True
+        return draft
+
+    def apply(self, entry: Any) -> Any:
+        """Do what an entry says, and return what its author waits for.
+
+        Raise `Refusal`, which was answered, or `Farewell` for what cannot be, and `Gone`
+        when the session does not count any more; the room is as it was then.
+        """
+        if self.is_shared and type(entry) not in self._CHANGES_NOTHING:
+            for name in self._SHARED:
+                setattr(self, name, getattr(self, name).copy())
+            self.is_shared = False
+        try:
+            return self._VERBS[type(entry)](self, entry)
+        except Denied as denied:
+            self._answer(entry.session, protocol.answer(str(denied)))
+            raise
+        except Refusal as refusal:
+            self._answer(entry.session, protocol.not_sent(refusal))
+            raise
+
+    # What others read.
+
+    def present(self) -> list[str]:
+        """Return the names of all who are here, in the order in which they joined."""
+        return [stay.name for stay in self.stays.values()]
+
+    def by_session(self, session: int) -> Stay | None:
+        """Return the stay of a connection, if it counts."""
+        return self.stays.get(self.sessions.get(session, 0))
+
+    def by_name(self, name: str) -> Stay | None:
+        """Return who has a name, in upper or lower case."""
+        return self.stays.get(self.names.get(protocol.fold(name), 0))
+
+    # Joining and leaving.
+
+    def _claim(self, claim: Claim) -> tuple[Stay, bool]:
+        self._pass(claim.time)
+        if (number := self.keys.get(claim.asked.key)) is not None:
+            return self._take_over(self.stays[number], claim), True
+        name = claim.asked.name
+        for ban in self.bans:
+            if ban.concerns(name, claim.address, self.time):
+                line = protocol.you_are_banned(ban.by, ban.until, ban.reason)
+                raise Farewell("banned", line)
+        self._check_name(name)
+        present = self.present()
+        shown = present[: protocol.WELCOME_NAMES]
+        greeting = [protocol.welcome(name, shown, len(present))]
+        stay = Stay(claim.session, name, claim.asked.key, claim.address, claim.session)
+        self._enter(stay)
+        self._begin(claim, stay, greeting)
+        self._announce(protocol.joined(name))
+        return stay, False
+
+    def _take_over(self, stay: Stay, claim: Claim) -> Stay:
+        """Give a place to who comes with its key, with no word to the room."""
+        if stay.session is not None:
+            self.effects.append(End(stay.session, self.end, Ending.REPLACED, "replaced"))
+            del self.sessions[stay.session]
+        stay = stay._replace(session=claim.session, address=claim.address, kept_until=math.inf)
+        self._enter(stay)
+        greeting = [protocol.welcome_back(stay.name)]
+        if claim.asked.name != stay.name:
+            greeting.append(protocol.now_named(stay.name))
+        self._begin(claim, stay, greeting)
+        return stay
+
+    def _check_name(self, name: str, own: Stay | None = None) -> None:
+        """Raise `Refusal` for a name that somebody else has, or that looks like one."""
+        taken = self.names.get(protocol.fold(name))
+        if taken is not None and (own is None or taken != own.number):
+            raise Refusal(protocol.NAME_TAKEN.format(name=name))
+        alike = self.looks.get(protocol.look(name))
+        if alike is not None and (own is None or alike != own.number):
+            other = self.stays[alike].name
+            raise Refusal(protocol.NAME_LOOKS_TAKEN.format(name=name, other=other))
+
+    def _begin(self, claim: Claim, stay: Stay, greeting: list[str]) -> None:
+        """Have a session follow the room, from where it asked for."""
+        had, missed, mail = claim.asked.whispers, 0, Mail()
+        if had is not None:
+            mail = self.mail[stay.key] = self.mail.get(stay.key, mail).without(had)
+            missed = mail.total - had - len(mail.lines)
+        begin = Begin(claim.session, self.end, claim.asked, greeting, missed, mail.lines)
+        self.effects.append(begin)
+
+    def _enter(self, stay: Stay) -> None:
+        """Put a stay, new or changed, wherever it is looked for."""
+        self.stays[stay.number] = stay
+        self.names[protocol.fold(stay.name)] = self.looks[protocol.look(stay.name)] = stay.number
+        if stay.key:
+            self.keys[stay.key] = stay.number
+        if stay.session is not None:
+            self.sessions[stay.session] = stay.number
+
+    def _left(self, left: Left) -> None:
+        stay = self._of(left)
+        self._pass(left.time)
+        self.effects.append(End(left.session, self.end, Ending.LEFT))
+        self._leave(stay, protocol.left(stay.name))
+
+    def _lost(self, lost: Lost) -> None:
+        stay = self._of(lost)
+        if not stay.key:
+            return self._left(Left(*lost))
+        self._pass(lost.time)
+        self.effects.append(End(lost.session, self.end, Ending.LEFT))
+        del self.sessions[lost.session]
+        self._enter(stay._replace(session=None, kept_until=self.time + HELD))
+        self._set_deadline()
+        return None
+
+    def _leave(self, stay: Stay, line: str) -> None:
+        """End a stay, with a line for the room."""
+        del self.stays[stay.number], self.names[protocol.fold(stay.name)]
+        del self.looks[protocol.look(stay.name)]
+        self.keys.pop(stay.key, None)
+        self.sessions.pop(stay.session or 0, None)
+        self.departed[protocol.fold(stay.name)] = stay.address
+        if len(self.departed) > MAX_GONE:
+            del self.departed[next(iter(self.departed))]
+        if mail := self.mail.get(stay.key):
+            self.mail[stay.key] = mail._replace(kept_until=self.time + MAIL_KEPT)
+            self._set_deadline()
+        self._announce(line)
+
+    # Time.
+
+    def _passed(self, passed: Passed) -> None:
+        self._pass(passed.time)
+
+    def _pass(self, now: float) -> None:
+        """Let the room's time come to `now`, if that is later, and end what it ends."""
+        self.time = max(self.time, now)
+        if self.time < self.deadline:
+            return
+        for stay in [*self.stays.values()]:
+            if stay.kept_until <= self.time:
+                self._leave(stay, protocol.left(stay.name))
+        self.mail = {k: mail for k, mail in self.mail.items() if mail.kept_until > self.time}
+        self._set_deadline()
+
+    def _set_deadline(self) -> None:
+        kept: list[Stay | Mail] = [*self.stays.values(), *self.mail.values()]
+        self.deadline = min((one.kept_until for one in kept), default=math.inf)
+
+    # Talking.
+
+    def _said(self, said: Said) -> None:
+        if said.session not in self.sessions:
+            raise Gone
+        if self.keeps:
+            self.lines += said.lines
+            self.end += len(said.lines)
+        else:
+            for _ in said.lines:
+                self._answer(said.session, protocol.not_sent(protocol.NOT_STORED))
+
+    def _whispered(self, whispered: Whispered) -> None:
+        stay, other = self._of(whispered), self.stays.get(whispered.to)
+        if other is None:
+            raise Refusal(protocol.HAS_LEFT)
+        line = protocol.private(stay.name, whispered.text)
+        position, data = self.end, _encoded(line, self.fmt)
+        self._answer(stay.session, protocol.sent_to(other.name, whispered.text))
+        if other.session is not None:
+            self.effects.append(ToOne(other.session, position, data))
+        if other.key:
+            mail = self.mail.get(other.key, Mail())
+            self.mail[other.key] = mail.plus(position, data)
+        self.stays[other.number] = other._replace(correspondent=stay.number)
+
+    def _renamed(self, renamed: Renamed) -> str:
+        stay, name = self._of(renamed), renamed.name
+        self._check_name(name, stay)
+        if any(ban.concerns(name, "", self.time) for ban in self.bans):
+            raise Refusal(protocol.NAME_BANNED.format(name=name))
+        if not self.keeps:
+            raise Refusal(protocol.NOT_STORED)
+        del self.names[protocol.fold(stay.name)], self.looks[protocol.look(stay.name)]
+        self._enter(stay._replace(name=name))
+        self._answer(stay.session, protocol.now_named(name))
+        self._announce(protocol.renamed(stay.name, name))
+        return name
+
+    # What operators do.
+
+    def _promoted(self, promoted: Promoted) -> None:
+        stay = self._of(promoted)
+        self._enter(stay._replace(is_operator=True))
+        self._answer(stay.session, protocol.OPERATOR)
+
+    def _kicked(self, kicked: Kicked) -> None:
+        by, other = self._operator(kicked), self.stays.get(kicked.who)
+        if other is None:
+            raise Refusal(protocol.HAS_LEFT)
+        self._put_out(other, by, kicked.reason)
+        self._answer(by.session, protocol.was_put_out(other.name))
+        if not self.keeps:
+            self._answer(by.session, protocol.NOT_ANNOUNCED)
+
+    def _put_out(self, stay: Stay, by: Stay, reason: str) -> None:
+        """End a stay, before everyone's eyes."""
+        if stay.session is not None:
+            self._answer(stay.session, protocol.you_were_kicked(by.name, reason))
+        self._leave(stay, protocol.kicked(stay.name, by.name, reason))
+        if stay.session is not None:
+            self.effects.append(End(stay.session, self.end, Ending.PUT_OUT, f"kicked by {by.name}"))
+
+    def _banned(self, banned: Banned) -> None:
+        by = self._operator(banned)
+        self._pass(banned.time)
+        ban = self._ban(banned, by)
+        if ban.concerns(by.name, "", self.time):
+            raise Refusal(protocol.OWN_BAN)
+        kept = (old for old in self.bans if not old.is_over(self.time) and not old.is_of(ban.name))
+        self.bans = (*kept, ban)
+        why = protocol.because_banned(ban.until, ban.reason)
+        for stay in [*self.stays.values()]:
+            if stay.number != by.number and ban.concerns(stay.name, stay.address, self.time):
+                self._put_out(stay, by, why)
+        whom = " and ".join(filter(None, (ban.name, ban.address)))
+        line = protocol.banned(whom, ban.until, ban.reason, durable=self.durable)
+        self._answer(by.session, line)
+        if not self.keeps:
+            self._answer(by.session, protocol.NOT_KEPT)
+
+    def _ban(self, banned: Banned, by: Stay) -> Ban:
+        """Return a ban with the address that it holds for: theirs now, as it was, or last."""
+        target = self.by_name(banned.name)
+        known = [target.address] if target else []
+        known += [old.address for old in self.bans if old.is_of(banned.name)]
+        known.append(self.departed.get(protocol.fold(banned.name), ""))
+        address = next(filter(None, known), "")
+        if address == by.address or (address and _is_loopback(address)):
+            address = ""
+        return Ban(banned.name, address, by.name, banned.until, banned.reason)
+
+    def _unbanned(self, unbanned: Unbanned) -> None:
+        by = self._operator(unbanned)
+        left = tuple(ban for ban in self.bans if not ban.is_of(unbanned.name))
+        if len(left) == len(self.bans):
+            raise Refusal(protocol.NOT_BANNED.format(name=unbanned.name))
+        self.bans = left
+        self._answer(by.session, protocol.unbanned(unbanned.name))
+        if not self.keeps:
+            self._answer(by.session, protocol.NOT_KEPT)
+
+    def _operator(self, entry: Kicked | Banned | Unbanned | Asked) -> Stay:
+        """Return whose entry it is; raise `Denied` when they are no operator."""
+        stay = self._of(entry)
+        if not stay.is_operator:
+            raise Denied(protocol.ONLY_OPERATORS)
+        return stay
+
+    # What is for one client alone.
+
+    def _asked(self, asked: Asked) -> None:
+        for line in self._names(asked) if asked.what == "names" else self._bans(asked):
+            self._answer(asked.session, line)
+
+    def _names(self, asked: Asked) -> list[str]:
+        self._of(asked)
+        present = self.present()
+        return protocol.here(present[: protocol.LISTED_NAMES], len(present))
+
+    def _bans(self, asked: Asked) -> list[str]:
+        self._operator(asked)
+        bans = [protocol.ban_listed(*ban) for ban in self.bans if not ban.is_over(self.time)]
+        return bans or [protocol.NOBODY_BANNED]
+
+    def _answered(self, answered: Answered) -> None:
+        self._of(answered)
+        for line in answered.lines:
+            self.effects.append(ToOne(answered.session, self.end, line))
+
+    def _answer(self, session: int | None, line: str) -> None:
+        if session in self.sessions:
+            self.effects.append(ToOne(session, self.end, _encoded(line, self.fmt)))
+
+    def _announce(self, line: str) -> None:
+        if self.keeps:
+            self.lines.append(line.encode(self.fmt))
+            self.end += 1
+
+    def _of(self, entry: Any) -> Stay:
+        """Return whose entry it is; raise `Gone` when their session does not count any more."""
+        number = self.sessions.get(entry.session)
+        if number is None:
+            raise Gone
+        return self.stays[number]
+
+    _CHANGES_NOTHING = (Said, Answered, Asked)  # of the room but its end: most rounds copy nothing
+    _VERBS: ClassVar[dict[type, Callable[[Room, Any], Any]]] = {
+        Said: _said, Whispered: _whispered, Answered: _answered, Asked: _asked,
+        Claim: _claim, Renamed: _renamed, Left: _left, Lost: _lost, Passed: _passed,
+        Promoted: _promoted, Kicked: _kicked, Banned: _banned, Unbanned: _unbanned,
+    }  # fmt: skip
+
+
+# --- Entries on their way ----------------------------------------------------
+
+
+class Outcome:
+    """What became of an entry: one thread waits for it, the broadcaster settles it, always."""
+
+    __slots__ = ("_settled", "value")
+
+    def __init__(self) -> None:
+        self.value: Any = Refusal(protocol.UNFORESEEN)  # should applying it fail
+        self._settled = threading.Event()
+
+    def settle(self) -> None:
+        """Let the waiting thread have the value."""
+        self._settled.set()
+
+    def wait(self) -> Any:
+        """Return the value when it is settled, or raise it."""
+        self._settled.wait()
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+class Handed(NamedTuple):
+    """An entry on its way, and what depends on it."""
+
+    entry: Entry
+    outcome: Outcome | None = None
+    output: Output | None = None  # of who claims a place: to follow the room if it is given
+    reserved: Gate | None = None  # where a line for one client has a place reserved
+    size: int = 0  # of that line, in bytes
+
+    @property
+    def lines(self) -> int:
+        """How many lines it counts in the queue."""
+        return len(self.entry.lines) if type(self.entry) is Said else 1
+
+
+class EntryLog:
+    """Entries in the order in which they were handed in; any thread, under its lock."""
+
+    def __init__(self, waker: Waker) -> None:
+        self._waker = waker
+        self._handed: list[Handed] = []  # not taken by a round yet
+        self._lines = 0  # in those
+        self._lines_taken = 0  # in entries whose round has not ended
+        self._taken = 0  # entries that rounds have taken
+        self._count = 0  # entries ever handed in
+        self._applied = 0  # entries whose round has ended
+        self._crowd: list[Gate] = []  # whose threads wait for space
+        self._closed = False  # nothing is handed in any more
+        self._lock = threading.Lock()  # guards all of the above but the waker
+
+    def __len__(self) -> int:
+        """Return how many entries wait for a round."""
+        return len(self._handed)
+
+    @property
+    def lines(self) -> int:
+        """How many lines stand in entries whose round has not ended."""
+        return self._lines + self._lines_taken
+
+    def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
+        """Append an entry and return its number; raise `Gone` when nothing counts any more.
+
+        With the gate of its author, wait first while too much waits here or there.
+        """
+        while not self._append(handed, gate):
+            assert gate is not None
+            gate.wait()
+        self._waker.wake()
+        return self._count
+
+    def _append(self, handed: Handed, gate: Gate | None) -> bool:
+        """Append an entry if there is space; else have the gate rung when there is."""
+        if gate is not None and not gate.is_open():
+            return False
+        with self._lock:
+            if self._closed:
+                raise Gone
+            if gate is not None and self.lines >= MAX_QUEUED:
+                self._crowd.append(gate)
+                return False
+            self._handed.append(handed)
+            self._lines += handed.lines
+            self._count += 1
+            return True
+
+    def is_applied(self, number: int) -> bool:
+        """Tell whether the round of an entry has ended."""
+        return number <= self._applied
+
+    def take(self) -> list[Handed]:
+        """Return what was handed in since the last round; the broadcaster's."""
+        with self._lock:
+            handed, self._handed = self._handed, []
+            self._taken = self._count
+            self._lines_taken += self._lines
+            self._lines = 0
+        return handed
+
+    def end_round(self) -> None:
+        """Count what was taken as done, and let those go on who wait for space."""
+        with self._lock:
+            self._applied = self._taken
+            self._lines_taken = 0
+            crowd, self._crowd = self._crowd, []
+        for gate in crowd:
+            gate.ring()
+
+    def close(self) -> None:
+        """Take no more entries."""
+        with self._lock:
+            self._closed = True
+            crowd, self._crowd = self._crowd, []
+        for gate in crowd:
+            gate.ring()
+
+
+class Gate:
+    """Whether a client's thread may go on, and what waits for it alone; under its own lock.
+
+    It is open while the lines for this client alone are not too many, and closed for good
+    when nothing more of its input counts: replaced, put out, failed or shut down.
+    """
+
+    __slots__ = ("_bytes", "_changed", "_lines", "_released", "_rung", "closed")
+
+    def __init__(self) -> None:
+        self.closed = False  # for good
+        self._rung = False  # it may be worth looking again
+        self._released = False  # the broadcaster never touches the client again
+        self._lines = 0  # on their way to the client, or reserved for such
+        self._bytes = 0
+        self._changed = threading.Condition(threading.Lock())  # guards all; notified by `ring`
+
+    def is_open(self) -> bool:
+        """Tell whether there is space for more; raise `Gone` when closed for good."""
+        if self.closed:
+            raise Gone
+        return not self._is_full()
+
+    def reserve(self, size: int) -> bool:
+        """Count a line of `size` bytes unless too much waits already; tell whether it does."""
+        with self._changed:
+            if self._is_full():
+                return False
+            self._lines += 1
+            self._bytes += size
+            return True
+
+    def add(self, size: int) -> None:
+        """Count a line of `size` bytes, come what may."""
+        with self._changed:
+            self._lines += 1
+            self._bytes += size
+
+    def remove(self, lines: int, size: int) -> None:
+        """Count lines as sent."""
+        with self._changed:
+            was_full = self._is_full()
+            self._lines -= lines
+            self._bytes -= size
+        if was_full:
+            self.ring()
+
+    def wait(self) -> None:
+        """Wait until it may be worth looking again; raise `Gone` when closed for good."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._rung or self.closed)
+            self._rung = False
+        if self.closed:
+            raise Gone
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long; raise `Gone` when closed meanwhile."""
+        with self._changed:
+            if self._changed.wait_for(lambda: self.closed, seconds):
+                raise Gone
+
+    def wait_released(self) -> None:
+        """Wait until the broadcaster has let go of the client."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._released)
+
+    def release(self) -> None:
+        """Let go of the client."""
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
+
+    def ring(self) -> None:
+        """Have the client's thread look again."""
+        with self._changed:
+            self._rung = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nothing pass any more."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+    def _is_full(self) -> bool:
+        return self._lines >= OUTBOX_LINES or self._bytes >= OUTBOX_BYTES
+
+
+# --- The broadcaster ---------------------------------------------------------
+
+
+class Output:
+    """What one client gets of the room: its cursor and what is under way to it.
+
+    The broadcaster's own from the client's `Begin` until it is `released`; only the
+    gate is also for others.
+    """
+
+    __slots__ = (
+        "connection", "data", "fetching", "gate", "in_flight", "outbox", "parts_at", "patience",
+        "position", "reason", "released", "sent", "session", "until", "watched",
+    )  # fmt: skip
+
+    def __init__(self, session: int, connection: Connection) -> None:
+        self.session = session
+        self.connection = connection
+        self.gate = Gate()
+        self.position = 0  # the cursor: the next line of the room that it gets
+        self.data = b""  # what is under way, behind which is the cursor
+        self.sent = 0  # bytes of that which its socket has taken
+        self.in_flight = 0  # lines in it that are for this client alone
+        self.outbox: list[tuple[int, bytes]] = []  # such lines, by position
+        self.fetching = False  # what it gets next is being read from the file
+        self.watched = False  # its socket is full; the selector tells when it is not
+        self.until: int | None = None  # it leaves, and gets nothing from here on
+        self.patience = 0.0  # seconds without progress until what is left then is given up
+        self.parts_at = math.inf  # when that will be
+        self.reason = ""  # why the room ended it, for the console
+        self.released = False  # the broadcaster never touches it again
+
+    def enqueue(self, position: int, line: bytes) -> None:
+        """Put a line for this client alone behind the room's lines before a position."""
+        self.gate.add(len(line))
+        self.outbox.append((position, line))
+
+    def finish(self) -> None:
+        """Be done with what was under way."""
+        if self.in_flight:
+            self.gate.remove(self.in_flight, len(self.data))
+        self.data, self.sent, self.in_flight = b"", 0, 0
+
+    def take_private(self) -> bool:
+        """Put under way what is for this client alone and belongs here; tell if there is any."""
+        count = sum(1 for position, _ in self.outbox if position <= self.position)
+        if count:
+            self.data = b"".join(line for _, line in self.outbox[:count])
+            self.in_flight = count
+            del self.outbox[:count]
+        return count > 0
+
+    def has_ended(self) -> bool:
+        """Tell whether it has all that it is to get."""
+        return self.until is not None and not (self.data or self.outbox or self.fetching)
+
+    def end(self, how: int = socket.SHUT_RDWR) -> None:
+        """Let the client's thread find the end of its input."""
+        self.gate.close()
+        self.connection.shutdown(how)
+
+    def release(self) -> None:
+        """Let the client's thread have the socket for itself."""
+        self.released = True
+        self.gate.release()
+
+
+class Broadcaster:
+    """One thread that applies entries to the room and sends everyone what follows.
+
+    All of it is this thread's own but for what other threads read: `room`, published
+    after each store, and `outputs`, in which they look for one output.
+    """
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.room = Room(history.end, history.bans(), fmt=history.fmt, durable=history.durable)
+        self.outputs: dict[int, Output] = {}  # by session, who is in the room
+        self._waker = Waker()
+        self.log = EntryLog(self._waker)
+        self._pager = Pager(history, self._waker)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._waker, selectors.EVENT_READ, None)
+        self._following: list[Output] = []  # whom rounds serve: in the room, or parting
+        self._due: set[Output] = set()  # whom the next round serves, new lines or not
+        self._parting: set[Output] = set()  # who gets what was said before they left, and no more
+        self._outcomes: list[Outcome] = []  # to be settled when the round has ended
+        # All before this position was offered to every client; while it is under the
+        # history's end, a round is due.
+        self._offered = history.end
+        self._keeps = True  # the last round was stored
+        self._bans_kept = self.room.bans  # as the history has them
+        self._stop_at = math.inf  # when delivering is given up
+        self._thread = threading.Thread(target=self._run, name="broadcaster", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, and who reads the file for it."""
+        self._thread.start()
+        self._pager.start()
+
+    def stop(self) -> None:
+        """Deliver what was handed in, tell everyone, and end the thread."""
+        self.log.close()
+        self._stop_at = time.monotonic() + STOP_DELIVER
+        self._waker.wake()
+        self._thread.join()
+        self._pager.stop()
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._waker.close()
+        self._selector.close()
+
+    # Rounds.
+
+    def _run(self) -> None:
+        """Go round until the room ends; nothing that fails in a round ends it."""
+        next_round = 0.0
+        while not self._is_over():
+            try:
+                writable = self._wait()
+                # Lines that come during the pause share the round's one send per client.
+                if (pause := next_round - time.monotonic()) > 0:
+                    time.sleep(pause)
+                start = time.monotonic()
+                next_round = start + ROUND  # should the round fail
+                self._round(writable)
+                end = time.monotonic()
+                next_round = max(start + ROUND, end + min((end - start) * REST, ROUND))
+            except Exception:
+                with contextlib.suppress(Exception):
+                    log.exception("a round failed; the room goes on")
+                with contextlib.suppress(Exception):
+                    time.sleep(ROUND)
+        for output in self._following:
+            output.release()
+
+    def _wait(self) -> list[Output]:
+        """Wait until something happened; return those whose sockets have room again."""
+        timeout: float | None = None
+        if self._due or self._offered < self.history.end or self._pager.pages:
+            timeout = 0.0
+        else:
+            now = time.monotonic()
+            ends = [self._stop_at, now + self.room.deadline - time.time()]
+            ends += (output.parts_at for output in self._parting)
+            if (first := min(ends)) < math.inf:
+                timeout = max(0.0, first - now)
+        return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
+
+    def _is_over(self) -> bool:
+        """Tell whether the room has ended: all is delivered, or time is up."""
+        if self._stop_at == math.inf:
+            return False
+        return not (self.log or self._following) or time.monotonic() > self._stop_at
+
+    def _round(self, writable: list[Output]) -> None:
+        """Apply what was handed in, then let everyone have it.
+
+        What comes while a large room is being served is taken in on the way, so that
+        those who are still to be served get it too.  Who joins on the way is due.
+        """
+        self._due.update(writable)
+        start = self.history.end
+        try:
+            self._apply_waiting()
+            # As it is now: those served first have not had what comes on the way.
+            end = self.history.end
+            if self._offered < end:
+                for first in range(0, len(self._following), SLICE):
+                    # A commit for each slice would keep everyone waiting for the disk.
+                    if self.log and not self.history.durable:
+                        self._apply_waiting()
+                    self._send_slice(self._following[first : first + SLICE])
+                    self._serve_due()
+                self._offered = end
+            self._serve_due()
+            self._end_stuck()
+            self._log_said(start)
+        finally:
+            self._following = [o for o in self._following if not o.released]
+            outcomes, self._outcomes = self._outcomes, []
+            for outcome in outcomes:
+                outcome.settle()
+            # Last: what counts against the flood's brake is what was served.
+            self.log.end_round()
+
+    # Applying.
+
+    def _apply_waiting(self) -> None:
+        """Apply what was handed in, store its lines, and carry out what it means for each."""
+        self._waker.clear()  # before taking, or what comes in between wakes nobody
+        batch = self.log.take()
+        self._outcomes += (handed.outcome for handed in batch if handed.outcome)
+        if self.room.deadline <= time.time():
+            batch.append(Handed(Passed(time.time())))
+        self._take_pages()
+        if batch:
+            room = self._applied(batch)
+            self.room = room  # from here on others read it
+            claims = {handed.output.session: handed.output for handed in batch if handed.output}
+            for effect in room.effects:
+                self._carry_out(effect, claims)
+            for handed in batch:
+                if handed.reserved:
+                    handed.reserved.remove(1, handed.size)
+        if self._stop_at < math.inf and not self.log:
+            self._say_goodbye()
+
+    def _applied(self, batch: list[Handed]) -> Room:
+        """Return the room as a batch leaves it, stored as far as it can be."""
+        room = self._judged(batch, keeps=True)
+        try:
+            self._store(room)
+        except Exception as error:
+            if self._keeps:
+                unforeseen = not isinstance(error, NotStored)
+                log.error("cannot store what is said: %s", error, exc_info=unforeseen)
+            self._keeps = False
+            return self._judged(batch, keeps=False)
+        if room.lines and not self._keeps:
+            log.info("what is said is stored again")
+            self._keeps = True
+        return room
+
+    def _judged(self, batch: list[Handed], *, keeps: bool) -> Room:
+        """Return a draft of the room to which a batch is applied, one entry after the other."""
+        room = self.room.draft(keeps=keeps)
+        for handed in batch:
+            value: Any = None
+            try:
+                value = room.apply(handed.entry)
+            except (Refusal, Farewell, Gone) as refusal:
+                value = refusal
+            except Exception:
+                log.exception("a fault in %s; the room goes on", type(handed.entry).__name__)
+                value = Refusal(protocol.UNFORESEEN)
+            if handed.outcome is not None:
+                handed.outcome.value = value
+        return room
+
+    def _store(self, room: Room) -> None:
+        """Give a round's lines their positions, and keep the bans if they changed."""
+        bans = None if room.bans == self._bans_kept else list(room.bans)
+        if room.lines or bans is not None:
+            self.history.append(room.lines, bans)
+            self._bans_kept = room.bans
+
+    def _carry_out(self, effect: Effect, claims: dict[int, Output]) -> None:
+        """Do for one client what the room has decided."""
+        if isinstance(effect, Begin):
+            output: Output | None = claims[effect.session]
+            assert output is not None
+            self._begin(output, effect)
+        elif (output := self.outputs.get(effect.session)) is None:
+            return
+        elif isinstance(effect, ToOne):
+            output.enqueue(effect.position, effect.line)
+        else:
+            self._end(output, effect)
+        if not output.watched or output.until is not None:
+            self._due.add(output)
+
+    def _begin(self, output: Output, begin: Begin) -> None:
+        """Have an output follow the room from where it was asked for."""
+        asked, end = begin.asked, begin.position
+        start = end - asked.last if asked.position is None else asked.position
+        if start > end:  # of another history: all that can be had at once
+            start = end - self.history.retained
+        output.position = start = min(max(start, self.history.oldest), end)
+        lines = list(begin.greeting)
+        if asked.wants_position:
+            lines.append(protocol.at(start, asked.whispers))
+        if begin.missed_private:
+            lines.append(protocol.missed_private(begin.missed_private))
+        for line in lines:
+            output.enqueue(start, _encoded(line, self.history.fmt))
+        for position, data in begin.mail:
+            output.enqueue(min(position, end), data)
+        self.outputs[output.session] = output
+        self._following.append(output)
+
+    def _end(self, output: Output, end: End) -> None:
+        """Have an output get nothing from a position on."""
+        del self.outputs[output.session]
+        output.until, output.reason = end.position, end.reason
+        if end.how is Ending.REPLACED:
+            output.outbox.clear()
+            output.until, output.data = min(output.position, end.position), b""
+            output.end()
+        elif end.how is Ending.PUT_OUT:
+            output.gate.close()
+        else:
+            output.patience = PARTING
+        self._parting.add(output)
+        self._renew(output)
+
+    def _take_pages(self) -> None:
+        """Give those who are behind what the pager has read for them."""
+        while self._pager.pages:
+            output, lines, end = self._pager.pages.popleft()
+            output.fetching = False
+            if lines:
+                output.data = _block(lines)
+                output.position += len(lines)
+            else:  # it could not be read
+                self._skip_to(output, end)
+            self._due.add(output)
+
+    def _say_goodbye(self) -> None:
+        """Tell everyone that the server ends, and end them behind it."""
+        line = _encoded(protocol.SHUTTING_DOWN)
+        for output in list(self.outputs.values()):
+            output.enqueue(self.room.end, line)
+            self._end(output, End(output.session, self.room.end, Ending.LEFT))
+            output.gate.close()
+            self._due.add(output)
+
+    # Sending.
+
+    def _send_slice(self, outputs: list[Output]) -> None:
+        """Send the room's lines to those of some clients who have everything before them.
+
+        That is nearly everyone, so it is done in as few steps as possible: who stands
+        where the one before stood gets the same bytes.  Whoever needs more is left to
+        `_serve`.
+        """
+        room_end = self.history.end
+        position, data, end = -1, b"", -1  # where the one before stood, and what it got
+        for output in outputs:
+            if output.data or output.outbox or output.until is not None:
+                if not output.watched and not output.released:
+                    self._due.add(output)
+                continue
+            if output.position != position:
+                if output.position == room_end:
+                    continue
+                if output.position < self.history.first:
+                    self._due.add(output)
+                    continue
+                position = output.position
+                data, end = self.history.read(position, room_end)
+            # Before the send: if it fails, the client ends and its cursor with it.
+            output.position = end
+            try:
+                sent = output.connection.send(data)
+            except Exception as error:
+                self._fail(output, error)
+                continue
+            if sent < len(data):
+                output.data, output.sent = data, sent
+            if sent < len(data) or end < room_end:
+                self._due.add(output)
+
+    def _serve_due(self) -> None:
+        while self._due:
+            self._serve(self._due.pop())
+
+    def _serve(self, output: Output) -> None:
+        """Give a client all that follows its cursor, as far as its socket takes it."""
+        if output.released:
+            return
+        full = False
+        try:
+            while not full and (output.data or self._take_next(output)):
+                unsent = memoryview(output.data)[output.sent :] if output.sent else output.data
+                sent = output.connection.send(unsent)
+                output.sent += sent
+                full = output.sent < len(output.data)
+                if sent:
+                    self._renew(output)
+                if not full:
+                    output.finish()
+            self._watch(output, full)
+        except Exception as error:
+            self._fail(output, error)
+        if output.has_ended() or (output.until is not None and full and not output.patience):
+            self._release(output)
+
+    def _renew(self, output: Output) -> None:
+        """Wait for who leaves from now on, since they have just taken something."""
+        if output.until is not None:
+            output.parts_at = time.monotonic() + output.patience
+
+    def _end_stuck(self) -> None:
+        """Let go of those who leave and have not taken anything for long."""
+        now = time.monotonic()
+        for output in [output for output in self._parting if output.parts_at <= now]:
+            self._release(output)
+
+    def _release(self, output: Output) -> None:
+        """Let go of an output for good: its socket is its thread's to close."""
+        with contextlib.suppress(Exception):
+            self._watch(output, False)
+        if output.reason and not output.gate.closed:
+            output.gate.close()
+        if output.until is not None and output.gate.closed:
+            # The client's last word is in its socket; now its thread may find the end.
+            output.connection.shutdown(socket.SHUT_RD)
+        self._due.discard(output)
+        self._parting.discard(output)
+        output.release()
+
+    def _fail(self, output: Output, error: Exception) -> None:
+        """Let a client's thread find that it cannot be served any more."""
+        if not isinstance(error, OSError):
+            log.error("session %d: a fault; it ends", output.session, exc_info=error)
+        with contextlib.suppress(Exception):
+            self._watch(output, False)
+        output.data, output.fetching = b"", False
+        output.outbox.clear()
+        output.end()
+        if output.until is None:
+            output.position = self.history.end
+        else:
+            output.until = output.position
+
+    def _take_next(self, output: Output) -> bool:
+        """Put under way what a client gets next; tell whether there is anything, for now."""
+        if output.fetching:
+            return False
+        if output.take_private():
+            return True
+        end = self.history.end if output.until is None else output.until
+        if output.outbox:
+            end = output.outbox[0][0]
+        if output.position >= end:
+            return False
+        if output.position < self.history.first:
+            return self._take_older(output, min(end, self.history.first))
+        output.data, output.position = self.history.read(output.position, end)
+        return True
+
+    def _take_older(self, output: Output, end: int) -> bool:
+        """Have lines read that are only in the file, or tell that they are nowhere."""
+        if output.position >= self.history.oldest:
+            output.fetching = True
+            self._pager.ask(output, output.position, end)
+            return False
+        self._skip_to(output, self.history.oldest)
+        return True
+
+    def _skip_to(self, output: Output, position: int) -> None:
+        output.data = _encoded(protocol.missed(position - output.position))
+        output.position = position
+
+    def _watch(self, output: Output, watched: bool) -> None:
+        """Have the selector tell when a full socket has room, or not any more."""
+        if watched and not output.watched:
+            self._selector.register(output.connection, selectors.EVENT_WRITE, output)
+        elif output.watched and not watched:
+            self._selector.unregister(output.connection)
+        output.watched = watched
+
+    def _log_said(self, position: int) -> None:
+        """Log the room's lines from a position on, when everyone has them."""
+        if log.isEnabledFor(logging.DEBUG):
+            position = max(position, self.history.first)
+            while position < self.history.end:
+                data, position = self.history.read(position, self.history.end)
+                for line in data.split(b"\n")[:-1]:
+                    log.debug("%s", protocol.escape(line, self.history.fmt))
+
+
+class Pager:
+    """Reads from the file for who is behind, in a thread of its own."""
+
+    def __init__(self, history: History, waker: Waker) -> None:
+        self.history = history
+        self.pages: deque[tuple[Output, list[bytes], int]] = deque()  # read, for the broadcaster
+        self._waker = waker
+        self._wanted: queue.SimpleQueue[tuple[Output, int, int] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="pager", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._wanted.put(None)
+        self._thread.join()
+
+    def ask(self, output: Output, position: int, end: int) -> None:
+        """Have lines from a position up to `end` read, as many as fit a page."""
+        self._wanted.put((output, position, end))
+
+    def _run(self) -> None:
+        while (wanted := self._wanted.get()) is not None:
+            output, position, end = wanted
+            try:
+                lines = self.history.fetch(position, end)
+            except Exception as error:
+                log.error("cannot read the history: %s", error)
+                lines = []
+            self.pages.append((output, lines, end))
+            self._waker.wake()
+
+
+# --- Commands ----------------------------------------------------------------
+
+
+class Usage(Exception):
+    """A command was given what it does not take."""
+
+
+#: A command: hands in what it means, or returns the lines that answer it.
+Command = Callable[[Client, str], "list[str] | None"]
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(verb: str) -> Callable[[Command], Command]:
+    """Have a function run for ``/verb``, which `protocol.COMMANDS` explains."""
+
+    def enter(run: Command) -> Command:
+        COMMANDS[verb] = run
+        return run
+
+    return enter
+
+
+def obey(client: Client, line: bytes) -> None:
+    """Run a command; answer one that is unknown or misused with what would be right."""
+    verb, argument = protocol.command(line.decode(client.server.fmt)) or ("", "")
+    verb = protocol.ALIASES.get(verb, verb)
+    try:
+        client.answer(*_run(client, verb, argument) or ())
+    except Usage:
+        client.answer(protocol.usage(verb))
+    except Refusal as refusal:
+        client.answer(protocol.not_sent(refusal))
+    except sqlite3.Error as error:
+        log.error("cannot read the history: %s", error)
+        client.answer(protocol.UNREADABLE)
+
+
+def _run(client: Client, verb: str, argument: str) -> list[str] | None:
+    run = COMMANDS.get(verb)
+    if run is None:
+        return [protocol.unknown_command(verb)]
+    if verb in OPERATORS_ONLY and not client.is_operator():
+        return [protocol.answer(protocol.ONLY_OPERATORS)]
+    return run(client, argument)
+
+
+def _first(argument: str) -> tuple[str, str]:
+    """Return the first word of an argument and what follows it; raise `Usage` without one."""
+    word, _, rest = argument.partition(" ")
+    if not word:
+        raise Usage
+    return word, rest.strip()
+
+
+def _find(client: Client, name: str) -> Stay:
+    """Return who has a name; raise `Refusal` when nobody has."""
+    stay = client.server.broadcaster.room.by_name(name)
+    if stay is None:
+        raise Refusal(protocol.NOBODY_CALLED.format(name=name))
+    return stay
+
+
+@command("help")
+def _help(client: Client, argument: str) -> list[str]:
+    return protocol.help_lines()
+
+
+@command("names")
+def _names(client: Client, argument: str) -> None:
+    client.broadcast(Asked(client.session, "names"))
+
+
+@command("me")
+def _me(client: Client, argument: str) -> None:
+    if protocol.is_blank(argument):
+        raise Usage
+    line = protocol.did(client.name, argument).encode(client.server.fmt)
+    client.broadcast(Said(client.session, [line]))
+
+
+@command("msg")
+def _msg(client: Client, argument: str) -> None:
+    name, _, text = argument.partition(" ")
+    if protocol.is_blank(text):
+        raise Usage
+    client.whisper(_find(client, name), text)
+
+
+@command("reply")
+def _reply(client: Client, argument: str) -> None:
+    if protocol.is_blank(argument):
+        raise Usage
+    room = client.server.broadcaster.room
+    own = room.by_session(client.session)
+    if own is None or not own.correspondent:
+        raise Refusal(protocol.NOBODY_WROTE)
+    other = room.stays.get(own.correspondent)
+    if other is None:
+        raise Refusal(protocol.CORRESPONDENT_LEFT)
+    client.whisper(other, argument)
+
+
+@command("nick")
+def _nick(client: Client, argument: str) -> None:
+    if not argument:
+        raise Usage
+    client.rename(protocol.check_name(argument))
+
+
+@command("history")
+def _history(client: Client, argument: str) -> list[str]:
+    count = argument or str(protocol.REPLAY)
+    if not re.fullmatch(r"\d{1,4}", count, re.ASCII) or not 1 <= int(count) <= MAX_ANSWER:
+        return [protocol.HISTORY_USAGE.format(most=MAX_ANSWER)]
+    client.settle()
+    found = client.server.history.last(int(count))
+    return [protocol.recalled(*line) for line in found] or [protocol.NOTHING_SAID]
+
+
+@command("search")
+def _search(client: Client, argument: str) -> list[str]:
+    if not argument:
+        raise Usage
+    client.settle()
+    found = client.server.history.last(protocol.REPLAY, argument)
+    return [protocol.recalled(*line) for line in found] or [protocol.nobody_said(argument)]
+
+
+@command("quit")
+def _quit(client: Client, argument: str) -> None:
+    raise Farewell("/quit", protocol.BYE)
+
+
+# What operators do.  Whether somebody is one is looked at here so that they are told before
+# any slip of theirs, and again by the room when it comes to it.
+
+OPERATORS_ONLY = frozenset({"kick", "ban", "unban", "bans"})
+
+
+@command("op")
+def _op(client: Client, argument: str) -> list[str] | None:
+    right = client.server.op_password
+    if not argument:
+        raise Usage
+    if right is None:
+        return [protocol.NO_OPERATORS]
+    if client.wrong_passwords >= TRIES:
+        return [protocol.NO_MORE_OP_TRIES]
+    if not protocol.is_password(protocol.password_bytes(argument), right):
+        client.wrong_passwords += 1
+        log.warning("%s gave a wrong operator password", client)
+        client.gate.pause(WRONG_DELAY)
+        return [protocol.WRONG_PASSWORD]
+    client.promote()
+    return None
+
+
+@command("kick")
+def _kick(client: Client, argument: str) -> None:
+    name, reason = _first(argument)
+    client.broadcast(Kicked(client.session, _find(client, name).number, reason))
+
+
+@command("ban")
+def _ban(client: Client, argument: str) -> None:
+    name, rest = _first(argument)
+    minutes, _, reason = rest.partition(" ")
+    if not re.fullmatch(r"[1-9]\d{0,6}", minutes, re.ASCII):
+        if re.match(r"-?\d", minutes):
+            raise Usage
+        minutes, reason = "", rest
+    now = time.time()
+    until = now + 60 * int(minutes) if minutes else 0.0
+    name = protocol.check_name(name)
+    client.broadcast(Banned(client.session, name, until, reason.strip(), now))
+
+
+@command("unban")
+def _unban(client: Client, argument: str) -> None:
+    if not argument:
+        raise Usage
+    client.broadcast(Unbanned(client.session, argument))
+
+
+@command("bans")
+def _bans(client: Client, argument: str) -> None:
+    client.broadcast(Asked(client.session, "bans"))
+
+
+# --- Histories -----------------------------------------------------------------
 
 
 class HistoryError(Exception):
@@ -188,31 +2256,6 @@ class History:
     def close(self) -> None:
         """End the history; nothing is appended any more."""
         return
-
-
-class Ban(NamedTuple):
-    """Who may not come in: a name, and the address that it came from if it was here."""
-
-    name: str
-    address: str
-    by: str
-    until: float  # seconds since the epoch; 0 is for good
-    reason: str
-
-    def concerns(self, name: str, address: str) -> bool:
-        """Tell whether it keeps out who comes with this name from this address, today."""
-        here = protocol.fold(self.name) == protocol.fold(name) or address == self.address != ""
-        return here and not self.is_over()
-
-    def is_over(self) -> bool:
-        """Tell whether its time has passed."""
-        return 0 < self.until <= time.time()
-
-    def __str__(self) -> str:
-        until = "for good"
-        if self.until:
-            until = f"until {time.strftime(STAMP, time.gmtime(self.until))}"
-        return until + (f": {self.reason}" if self.reason else "")
 
 
 class FileHistory(History):
@@ -406,1186 +2449,6 @@ def _hold(path: str) -> int:
             os.close(held)
             raise HistoryError(f"{path} is in use by another server") from None
     return held
-
-
-# --- Clients -----------------------------------------------------------------
-
-
-class Bucket:
-    """A client's right to send: `rate` lines a second after a burst; 0 is no limit."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self._tokens = float(BURST)
-        self._since = time.monotonic()
-
-    def take(self, wanted: int) -> int:
-        """Return how many of `wanted` lines may pass now."""
-        if not self.rate:
-            return wanted
-        now = time.monotonic()
-        self._tokens = min(BURST, self._tokens + (now - self._since) * self.rate)
-        self._since = now
-        taken = min(wanted, int(self._tokens))
-        self._tokens -= taken
-        return taken
-
-    def delay(self) -> float:
-        """Return the seconds until a line may pass."""
-        return max(0.0, (1 - self._tokens) / self.rate)
-
-
-class Client:
-    """One connection: its thread reads from it, the broadcaster writes to it."""
-
-    def __init__(self, connection: Connection, host: str, port: int) -> None:
-        self.connection = connection
-        self.host = host
-        self.port = port
-        self.framer = Framer()
-        self.unread: list[bytes] = []  # lines that came, not yet looked at
-        self.name = ""
-        self.prefix = b""  # of what it says
-        self.key = ""
-        self.operator = False
-        self.wrong_passwords = 0  # given with /op
-        # Set when nothing more of its input counts: replaced, failed or shut down.
-        self.gone = threading.Event()
-        # Guarded by the room's lock: private lines on their way to it.
-        self.owed_lines = 0
-        self.owed_bytes = 0
-        # The broadcaster's own:
-        self.position = 0  # the cursor: the next room line that it gets
-        self.data = b""  # what it is being sent, behind which is the cursor
-        self.sent = 0  # bytes of that which its socket has taken
-        self.paying = 0  # private lines in it, owed until all of it is sent
-        self.outbox: deque[tuple[int, bytes]] = deque()  # by position
-        self.fetching = False  # what it gets next is being read from the file
-        self.watched = False  # its socket is full; the selector tells when it is not
-        self.until: int | None = None  # it leaves, and gets nothing from here on
-        self.forgotten = False  # it has left; the broadcaster never touches it again
-
-    def __str__(self) -> str:
-        return f"{self.name or 'unnamed'} ({self.host}:{self.port})"
-
-    def call(self, name: str) -> None:
-        """Give it a name."""
-        self.name, self.prefix = name, protocol.said(name, "").encode("ascii")
-
-    def end_input(self) -> None:
-        """Let its thread find the end of the input, whatever it waits for."""
-        self.gone.set()
-        self.connection.shutdown()
-
-
-class Gone(Exception):
-    """The client's input has ended by somebody else's doing."""
-
-
-class Farewell(Exception):
-    """The server ends a connection: the reason for the console and a last line for the client."""
-
-    def __init__(self, reason: str, line: str = "") -> None:
-        super().__init__(reason)
-        self.line = line
-
-
-class Password:
-    """A password that is kept as a hash alone, and compared in a time that tells nothing."""
-
-    def __init__(self, password: str) -> None:
-        self._hash = hashlib.sha256(protocol.password_bytes(password)).digest()
-
-    def is_it(self, given: bytes) -> bool:
-        """Tell whether this is the password."""
-        return hmac.compare_digest(hashlib.sha256(given).digest(), self._hash)
-
-
-# --- The room ----------------------------------------------------------------
-
-
-class Said(NamedTuple):
-    """Lines of the room, with their author, who is told when they cannot be stored."""
-
-    lines: list[bytes]  # without their newlines
-    author: Client | None = None
-
-
-class Told(NamedTuple):
-    """A line for one client alone."""
-
-    client: Client
-    line: bytes  # with its newline
-
-
-class Private(NamedTuple):
-    """A line from one client to another, who may have too many waiting already."""
-
-    client: Client
-    line: bytes
-    sender: Client
-    receipt: bytes
-    refusal: bytes
-
-
-class Joined(NamedTuple):
-    """A client that begins to listen here."""
-
-    client: Client
-    asked: Introduction
-    greeting: bytes
-
-
-class Left(NamedTuple):
-    """A client that listens up to here."""
-
-    client: Client
-
-
-class Fetched(NamedTuple):
-    """Lines from the file for a client that is behind; they belong before `end`."""
-
-    client: Client
-    lines: list[bytes]
-    end: int
-
-
-Entry = Said | Told | Private | Joined | Left | Fetched
-
-
-class Room:
-    """Who is here and what is said.
-
-    Everything that happens goes through one queue in the order in which it
-    happened: lines for all, lines for one, joining and leaving.  The broadcaster
-    takes the queue in rounds, so the order of the history is the order that
-    everyone sees, and each private line stands where it belongs among the others.
-    """
-
-    def __init__(self, history: History, max_clients: int = 1000) -> None:
-        self.fmt = history.fmt
-        self.max_clients = max_clients
-        self.op_password: Password | None = None  # nobody can become an operator
-        self.history = history
-        self.bans = history.bans()
-        self.clients: list[Client] = []  # who listens; only the broadcaster touches it
-        self.names: dict[str, Client] = {}  # who has which name, folded
-        self.stopping = threading.Event()
-        self._queue: list[Entry] = []
-        self._queued = 0  # lines ever put into the queue, of all kinds
-        self._taken = 0  # those of them that a round has taken out
-        self._placed = 0  # those of them that a round has dealt with
-        self._bans_changed = False
-        # Guards names, bans, the queue and what clients are owed; never held over I/O.
-        self._lock = threading.Lock()
-        self._round_over = threading.Condition(self._lock)  # notified when a round has ended
-        self._waker = Waker()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._waker, selectors.EVENT_READ, None)
-        self._due: set[Client] = set()  # whom the next round serves in any case
-        # All before this position was offered to every client; while it is under the
-        # history's end, a round is due.
-        self._heard = history.end
-        self._has_forgotten = False  # somebody of `clients` is forgotten
-        self._stop_at: float | None = None  # when the broadcaster gives up delivering
-        self._ended = False  # no round follows
-        self._storing = True  # the last round was
-        self._wanted: queue.SimpleQueue[tuple[Client, int, int] | None] = queue.SimpleQueue()
-        self._fetcher = threading.Thread(target=self._fetch, name="fetcher", daemon=True)
-        self._broadcaster = threading.Thread(target=self._run, name="broadcaster", daemon=True)
-
-    # Verbs for the clients' threads.
-
-    def broadcast(self, entries: Iterable[Entry], author: Client | None = None) -> None:
-        """Put what happened into the queue of the next round.
-
-        Wait first while the room or the author has more waiting than is good for
-        memory.  Raise `Gone` when the author's words no longer count.
-        """
-        with self._lock:
-            if author is not None:
-                while not author.gone.is_set() and not self._has_space(author):
-                    self._round_over.wait()
-                if author.gone.is_set():
-                    raise Gone
-            self._enqueue(entries)
-        self._waker.wake()
-
-    def settle(self) -> None:
-        """Wait until all that is in the queue has its place in the history."""
-        with self._lock:
-            queued = self._queued
-            self._round_over.wait_for(lambda: self._placed >= queued or self._ended)
-
-    def line(self, text: str) -> bytes:
-        """Return a line as it is sent, of text that was checked when it came in."""
-        return f"{text}\n".encode(self.fmt)
-
-    def said(self, text: str, author: Client | None = None) -> Said:
-        """Return a line of the room for the queue."""
-        return Said([text.encode(self.fmt)], author)
-
-    def claim(self, client: Client, asked: Introduction) -> None:
-        """Give a client its name and let it join; raise `Refusal` or `Farewell`."""
-        with self._lock:
-            holder = self.names.get(protocol.fold(asked.name))
-            if self.stopping.is_set():
-                raise Farewell("shutting down", protocol.SHUTTING_DOWN)
-            self._check_bans(asked.name, client.host)
-            if holder is None:
-                if len(self.names) >= self.max_clients:
-                    raise Farewell("the room is full", protocol.ROOM_FULL)
-                greeting = protocol.welcome(asked.name, *self._listed(protocol.WELCOME_NAMES))
-            elif _same_key(holder.key, asked.key):
-                holder.gone.set()  # from now on nothing that it sent gets into the queue
-                client.operator = holder.operator
-                greeting = protocol.welcome_back(asked.name)
-            else:
-                raise Refusal(protocol.NAME_TAKEN.format(name=asked.name))
-            self.names[protocol.fold(asked.name)] = client
-            client.call(asked.name)
-            client.key = asked.key
-            self._enqueue([Joined(client, asked, self.line(greeting))])
-            if holder is None:
-                self._enqueue([self.said(protocol.joined(client.name))])
-            self._round_over.notify_all()  # the holder may wait for its turn
-        self._waker.wake()
-        if holder is not None:
-            holder.connection.shutdown()
-        log.info("%s %s", client, "joined" if holder is None else "is back")
-
-    def rename(self, client: Client, name: str) -> None:
-        """Give a client another name; raise `Refusal` when somebody has it."""
-        with self._lock:
-            holder = self.names.get(protocol.fold(name))
-            if holder not in (None, client):
-                raise Refusal(protocol.NAME_TAKEN.format(name=name))
-            if client.gone.is_set():
-                raise Gone
-            if any(ban.concerns(name, "") for ban in self.bans):
-                raise Refusal(f"the name {name} is banned; choose another")
-            old = client.name
-            del self.names[protocol.fold(old)]
-            self.names[protocol.fold(name)] = client
-            client.call(name)
-            # Here, so that nobody can join under the old name before this is said.
-            self._enqueue([Told(client, self.line(protocol.now_named(name)))])
-            self._enqueue([self.said(protocol.renamed(old, name), client)])
-        self._waker.wake()
-        log.info("%s was %s", client, old)
-
-    def leave(self, client: Client, last_line: str = "") -> None:
-        """Let a client go, and wait until the broadcaster has let go of it."""
-        with self._lock:
-            if last_line:
-                self._enqueue([Told(client, self.line(last_line))])
-            self._enqueue([Left(client)])
-            if self.names.get(protocol.fold(client.name)) is client:
-                del self.names[protocol.fold(client.name)]
-                if not self.stopping.is_set():
-                    self._enqueue([self.said(protocol.left(client.name))])
-        self._waker.wake()
-        with self._lock:
-            self._round_over.wait_for(lambda: client.forgotten or self._ended)
-
-    def put_out(self, client: Client, by: Client, reason: str) -> None:
-        """End a client's stay, before everyone's eyes."""
-        with self._lock:
-            if self.names.get(protocol.fold(client.name)) is not client:
-                raise Refusal(f"{client.name} has left already")
-            del self.names[protocol.fold(client.name)]
-            client.gone.set()
-            text = protocol.kicked(client.name, by.name, reason)
-            self._enqueue([Told(client, self.line(protocol.you_were_kicked(by.name, reason)))])
-            self._enqueue([self.said(text)])
-            self._round_over.notify_all()
-        self._waker.wake()
-        # Its thread finds the end of its input; the broadcaster can still tell it why.
-        client.connection.shutdown(socket.SHUT_RD)
-        log.info("%s was kicked by %s", client, by)
-
-    def set_bans(self, change: Callable[[list[Ban]], list[Ban]]) -> None:
-        """Change who is banned; what is over goes too."""
-        with self._lock:
-            self.bans = [ban for ban in change(self.bans) if not ban.is_over()]
-            self._bans_changed = True
-        self._waker.wake()
-
-    def present(self) -> list[str]:
-        """Return the names of all who are here."""
-        with self._lock:
-            return self._listed(len(self.names))[0]
-
-    def first_present(self, most: int) -> tuple[list[str], int]:
-        """Return at most so many of the names, and how many there are in all."""
-        with self._lock:
-            return self._listed(most)
-
-    def find(self, name: str) -> Client:
-        """Return who has a name; raise `Refusal` when nobody has."""
-        with self._lock:
-            client = self.names.get(protocol.fold(name))
-        if client is None:
-            raise Refusal(f"nobody here is called {name}; /names lists who is here")
-        return client
-
-    def _listed(self, most: int) -> tuple[list[str], int]:
-        some = itertools.islice(self.names.values(), most)
-        return [client.name for client in some], len(self.names)
-
-    def _check_bans(self, name: str, host: str) -> None:
-        for ban in self.bans:
-            if ban.concerns(name, host):
-                raise Farewell("banned", protocol.you_are_banned(ban.by, ban.until, ban.reason))
-
-    def _has_space(self, author: Client) -> bool:
-        return self._queued - self._placed < MAX_QUEUED and not _outbox_full(author)
-
-    def _enqueue(self, entries: Iterable[Entry]) -> None:
-        """Append to the queue, under the lock, and count what each client is owed."""
-        for entry in entries:
-            if isinstance(entry, Private):
-                if _outbox_full(entry.client):
-                    entry = Told(entry.sender, entry.refusal)
-                else:
-                    self._enqueue([Told(entry.sender, entry.receipt)])
-            if isinstance(entry, (Told, Private)):
-                entry.client.owed_lines += 1
-                entry.client.owed_bytes += len(entry.line)
-            self._queue.append(entry)
-            self._queued += _size(entry)
-
-    # The broadcaster.
-
-    def start(self) -> None:
-        """Start the broadcaster and who reads the file for it."""
-        self._broadcaster.start()
-        self._fetcher.start()
-
-    def stop(self) -> None:
-        """Deliver what was accepted, tell everyone, and end the broadcaster."""
-        with self._lock:
-            self.stopping.set()
-            present = list(self.names.values())
-            for client in present:
-                client.gone.set()
-            line = self.line(protocol.SHUTTING_DOWN)
-            self._enqueue([Told(client, line) for client in present])
-            self._stop_at = time.monotonic() + STOP_DELIVER
-            self._round_over.notify_all()
-        self._waker.wake()
-        self._broadcaster.join()
-        self._wanted.put(None)
-        self._fetcher.join()
-
-    def _run(self) -> None:
-        next_round = 0.0
-        while not self._all_delivered():
-            try:
-                writable = self._wait()
-                # Lines that come during the pause share the round's one send per client.
-                if (pause := next_round - time.monotonic()) > 0:
-                    time.sleep(pause)
-                start = time.monotonic()
-                next_round = start + ROUND  # should the round fail
-                self._round(writable)
-                end = time.monotonic()
-                rest = min((end - start) * REST, ROUND)
-                next_round = max(start + ROUND, end + rest)
-            except Exception:
-                log.exception("a round failed; the room goes on")
-                time.sleep(ROUND)
-        with self._lock:
-            self._ended = True
-            self._round_over.notify_all()
-
-    def _wait(self) -> list[Client]:
-        """Wait until something happened; return the clients whose sockets have room again."""
-        timeout = None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
-        if self._due or self._heard < self.history.end:
-            timeout = 0.0
-        return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
-
-    def _all_delivered(self) -> bool:
-        if self._stop_at is None:
-            return False
-        waiting = (
-            self._queue
-            or self._due
-            or self._heard < self.history.end
-            or any(client.watched or client.fetching for client in self.clients)
-        )
-        return not waiting or time.monotonic() > self._stop_at
-
-    def _round(self, writable: list[Client]) -> None:
-        """Give positions to what has come, then let everyone hear it.
-
-        What comes while a large room is being served is taken in on the way, so that
-        those who are still to be served hear it too.  Who joins on the way is due.
-        """
-        self._due.update(writable)
-        start = self.history.end
-        try:
-            self._place_all()
-            end = self.history.end
-            if self._heard < end:
-                for first in range(0, len(self.clients), SLICE):
-                    # A commit for each slice would keep everyone waiting for the disk.
-                    if self._queue and not self.history.durable:
-                        self._place_all()
-                    self._serve_slice(self.clients[first : first + SLICE])
-                    self._serve_due()
-                self._heard = end  # those served first have not had what came on the way
-            self._serve_due()
-            self._log_said(start)
-        finally:
-            if self._has_forgotten:
-                self.clients = [client for client in self.clients if not client.forgotten]
-                self._has_forgotten = False
-            with self._lock:
-                self._placed = self._taken
-                self._round_over.notify_all()
-
-    def _place_all(self) -> None:
-        """Store the room's lines that have come, and put all else in its place among them."""
-        self._waker.clear()
-        with self._lock:
-            entries, self._queue = self._queue, []
-            bans = self.bans if self._bans_changed else None
-            self._bans_changed = False
-            self._taken = self._queued
-        said = (entry.lines for entry in entries if isinstance(entry, Said))
-        position = self.history.end
-        stored = self._store(list(itertools.chain.from_iterable(said)), bans)
-        for entry in entries:
-            if not isinstance(entry, Said):
-                self._place(entry, position)
-            elif stored:
-                position += len(entry.lines)
-            elif entry.author is not None:
-                self._refuse(entry.author, len(entry.lines), position)
-
-    def _store(self, lines: list[bytes], bans: list[Ban] | None) -> bool:
-        """Append to the history; tell whether it could, and log when that changes."""
-        try:
-            self.history.append(lines, bans)
-        except Exception as error:
-            if self._storing:
-                unforeseen = not isinstance(error, NotStored)
-                log.error("cannot store what is said: %s", error, exc_info=unforeseen)
-            self._storing = False
-            if bans is not None:
-                self._bans_changed = True
-            return False
-        if lines and not self._storing:
-            log.info("what is said is stored again")
-            self._storing = True
-        return True
-
-    def _refuse(self, author: Client, count: int, position: int) -> None:
-        """Tell an author that lines could not be stored, and so were not sent."""
-        for _ in range(count):
-            self._tell(author, position, self.line(protocol.NOT_STORED))
-        self._due.add(author)
-
-    def _tell(self, client: Client, position: int, line: bytes) -> None:
-        """Put a line of the broadcaster's own into a client's outbox."""
-        with self._lock:
-            client.owed_lines += 1
-            client.owed_bytes += len(line)
-        client.outbox.append((position, line))
-
-    def _place(self, entry: Told | Private | Joined | Left | Fetched, position: int) -> None:
-        """Do what an entry says at its place among the room's lines."""
-        client = entry.client
-        if client.forgotten:
-            return
-        if isinstance(entry, Fetched):
-            self._place_fetched(client, entry)
-        elif client.until is not None:
-            return  # it has left before this was said to it
-        elif isinstance(entry, (Told, Private)):
-            client.outbox.append((position, entry.line))
-        elif isinstance(entry, Joined):
-            asked = entry.asked
-            start = position - asked.last if asked.position is None else asked.position
-            client.position = min(max(start, self.history.oldest), position)
-            self._tell(client, client.position, entry.greeting)
-            if asked.wants_position:
-                self._tell(client, client.position, self.line(protocol.at(client.position)))
-            self.clients.append(client)
-        else:
-            client.until = position
-        if not client.watched or client.until is not None:
-            self._due.add(client)
-
-    def _serve_slice(self, clients: list[Client]) -> None:
-        """Send the room's lines to those of some clients who have everything before them.
-
-        That is nearly everyone, so it is done in as few steps as possible: who stands
-        where the one before stood gets the same bytes.  Whoever needs more is left to
-        `_serve`.
-        """
-        room_end = self.history.end
-        position, data, end = -1, b"", -1  # where the one before stood, and what it got
-        for client in clients:
-            if client.data or client.outbox or client.until is not None:
-                if not client.watched and not client.forgotten:
-                    self._due.add(client)
-                continue
-            if client.position != position:
-                if client.position == room_end:
-                    continue
-                if client.position < self.history.first:
-                    self._due.add(client)
-                    continue
-                position = client.position
-                data, end = self.history.read(position, room_end)
-            client.position = end
-            try:
-                sent = client.connection.send(data)
-            except Exception as error:
-                self._fail(client, error)
-                continue
-            if sent < len(data):
-                client.data, client.sent = data, sent
-            if sent < len(data) or end < room_end:
-                self._due.add(client)
-
-    def _serve_due(self) -> None:
-        """Serve whoever is to be served in any case."""
-        while self._due:
-            self._serve(self._due.pop())
-
-    def _serve(self, client: Client) -> None:
-        """Give a client all that follows its cursor, as far as its socket takes it."""
-        full = False
-        try:
-            while not full and (client.data or self._take_next(client)):
-                unsent = memoryview(client.data)[client.sent :] if client.sent else client.data
-                client.sent += client.connection.send(unsent)
-                full = client.sent < len(client.data)
-                if not full:
-                    self._finish(client)
-            self._watch(client, full and client.until is None)
-        except Exception as error:
-            self._watch(client, False)
-            self._fail(client, error)
-        client.forgotten = client.until is not None and (full or not client.fetching)
-        self._has_forgotten = self._has_forgotten or client.forgotten
-
-    def _fail(self, client: Client, error: Exception) -> None:
-        """Let a client's thread find that it cannot be served any more."""
-        if not isinstance(error, OSError):
-            log.error("%s: a fault; the connection ends", client, exc_info=error)
-        client.fetching = False
-        client.end_input()
-
-    def _finish(self, client: Client) -> None:
-        """Be done with what a client was being sent."""
-        if client.paying:
-            with self._lock:
-                client.owed_lines -= client.paying
-                client.owed_bytes -= len(client.data)
-        client.data, client.sent, client.paying = b"", 0, 0
-
-    def _take_next(self, client: Client) -> bool:
-        """Take what a client gets next; tell whether there is anything, for now."""
-        position, outbox = client.position, client.outbox
-        if client.fetching:
-            return False
-        if outbox and outbox[0][0] <= position:
-            self._take_private(client)
-            return True
-        end = self.history.end if client.until is None else client.until
-        if outbox:
-            end = outbox[0][0]
-        if position >= end:
-            return False
-        if position < self.history.first:
-            return self._take_older(client, min(end, self.history.first))
-        client.data, client.position = self.history.read(position, end)
-        return True
-
-    def _take_older(self, client: Client, end: int) -> bool:
-        """Have lines fetched that are only in the file, or tell that they are nowhere."""
-        if client.position >= self.history.oldest:
-            client.fetching = True
-            self._wanted.put((client, client.position, end))
-            return False
-        self._skip_to(client, self.history.oldest)
-        return True
-
-    def _skip_to(self, client: Client, position: int) -> None:
-        client.data = self.line(protocol.missed(position - client.position))
-        client.position = position
-
-    def _place_fetched(self, client: Client, page: Fetched) -> None:
-        client.fetching = False
-        if page.lines:
-            client.data = _block(page.lines)
-            client.position += len(page.lines)
-        else:  # it could not be read
-            self._skip_to(client, page.end)
-
-    def _fetch(self) -> None:
-        """Read from the file for those who are behind; the main loop of the fetcher."""
-        while (wanted := self._wanted.get()) is not None:
-            client, position, end = wanted
-            try:
-                lines = self.history.fetch(position, end)
-            except Exception as error:
-                log.error("cannot read the history: %s", error)
-                lines = []
-            self.broadcast([Fetched(client, lines, end)])
-
-    def _take_private(self, client: Client) -> None:
-        lines = []
-        while client.outbox and client.outbox[0][0] <= client.position:
-            lines.append(client.outbox.popleft()[1])
-        client.data, client.paying = b"".join(lines), len(lines)
-
-    def _watch(self, client: Client, watched: bool) -> None:
-        """Have the selector tell when a full socket has room, or not any more."""
-        if watched and not client.watched:
-            self._selector.register(client.connection, selectors.EVENT_WRITE, client)
-        elif client.watched and not watched:
-            self._selector.unregister(client.connection)
-        client.watched = watched
-
-    def _log_said(self, position: int) -> None:
-        """Log the room's lines from a position on, when everyone has them."""
-        if log.isEnabledFor(logging.DEBUG):
-            position = max(position, self.history.first)
-            while position < self.history.end:
-                data, position = self.history.read(position, self.history.end)
-                for line in data.split(b"\n")[:-1]:
-                    log.debug("%s", protocol.escape(line, self.fmt))
-
-
-def _size(entry: Entry) -> int:
-    return len(entry.lines) if isinstance(entry, Said) else 1
-
-
-def _outbox_full(client: Client) -> bool:
-    return client.owed_lines >= OUTBOX_LINES or client.owed_bytes >= OUTBOX_BYTES
-
-
-def _same_key(one: str, other: str) -> bool:
-    """Compare two keys in a time that tells nothing; no key matches none."""
-    return bool(one) and hmac.compare_digest(one.lower(), other.lower())
-
-
-# --- Commands ----------------------------------------------------------------
-
-
-class Usage(Exception):
-    """A command was given what it does not take."""
-
-
-Run = Callable[[Room, Client, str], Iterable[Entry]]  # gives what goes into the queue
-
-COMMANDS: dict[str, Run] = {}
-
-
-def command(verb: str) -> Callable[[Run], Run]:
-    """Have a function run for ``/verb``, which `protocol.COMMANDS` explains."""
-
-    def enter(run: Run) -> Run:
-        COMMANDS[verb] = run
-        return run
-
-    return enter
-
-
-def obey(room: Room, client: Client, line: bytes | Refusal) -> Iterable[Entry]:
-    """Run a command; answer one that is unknown or misused with what would be right."""
-    if isinstance(line, Refusal):
-        return [Told(client, room.line(protocol.not_sent(line)))]
-    verb, argument = protocol.command(line.decode(room.fmt)) or ("", "")
-    run = COMMANDS.get(verb)
-    if run is None:
-        return told(room, client, f"there is no /{verb[:20]}; /help lists the commands")
-    if verb in OPERATORS_ONLY and not client.operator:
-        return told(room, client, "only operators can do that; /op PASSWORD makes you one")
-    try:
-        return run(room, client, argument)
-    except Usage:
-        usage, purpose = protocol.COMMANDS[verb]
-        return told(room, client, f"usage: {usage}, to {purpose}")
-    except Refusal as refusal:
-        return [Told(client, room.line(protocol.not_sent(refusal)))]
-    except sqlite3.Error as error:
-        log.error("cannot read the history: %s", error)
-        return told(room, client, "the history cannot be read; try again later")
-
-
-def told(room: Room, client: Client, *texts: str) -> list[Entry]:
-    """Answer a client."""
-    return [Told(client, room.line(protocol.answer(text))) for text in texts]
-
-
-@command("help")
-def _help(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    width = max(len(usage) for usage, _ in protocol.COMMANDS.values())
-    lines = (f"{usage:{width}}  {purpose}" for usage, purpose in protocol.COMMANDS.values())
-    return told(room, client, *lines)
-
-
-@command("names")
-def _names(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    some = room.first_present(protocol.LISTED_NAMES)
-    return [Told(client, room.line(line)) for line in protocol.here(*some)]
-
-
-@command("me")
-def _me(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    if not argument:
-        raise Usage
-    return [room.said(protocol.did(client.name, argument), client)]
-
-
-@command("msg")
-def _msg(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    name, _, text = argument.partition(" ")
-    if not text.strip():
-        raise Usage
-    other = room.find(name)
-    return [
-        Private(
-            other,
-            room.line(protocol.private(client.name, text)),
-            client,
-            room.line(protocol.sent_to(other.name, text)),
-            room.line(protocol.not_sent(f"{other.name} is not reading; try again later")),
-        )
-    ]
-
-
-@command("nick")
-def _nick(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    if not argument:
-        raise Usage
-    room.rename(client, protocol.check_name(argument))
-    return ()
-
-
-@command("history")
-def _history(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    count = argument or str(protocol.REPLAY)
-    if not re.fullmatch(r"\d{1,4}", count, re.ASCII) or not 1 <= int(count) <= MAX_ANSWER:
-        return told(room, client, f"usage: /history [N], N from 1 to {MAX_ANSWER}")
-    room.settle()
-    found = room.history.last(int(count))
-    return recalled(room, client, found) or [Told(client, room.line(protocol.NOTHING_SAID))]
-
-
-@command("search")
-def _search(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    if not argument:
-        raise Usage
-    room.settle()
-    found = room.history.last(protocol.REPLAY, argument)
-    return recalled(room, client, found) or told(room, client, f"nobody said {argument}")
-
-
-@command("quit")
-def _quit(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    raise Farewell("/quit", protocol.BYE)
-
-
-def recalled(room: Room, client: Client, lines: list[tuple[float, str]]) -> list[Entry]:
-    """Answer with lines of the history; as answers, for they have no position here."""
-    return told(
-        room, client, *(f"{time.strftime(STAMP, time.gmtime(t))} {line}" for t, line in lines)
-    )
-
-
-OPERATORS_ONLY = frozenset({"kick", "ban", "unban", "bans"})
-
-
-@command("op")
-def _op(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    if not argument:
-        raise Usage
-    if room.op_password is None:
-        return told(room, client, "this room has no operators")
-    if client.wrong_passwords >= TRIES:
-        return told(room, client, "that was the third wrong password; there are no more tries here")
-    if not room.op_password.is_it(protocol.password_bytes(argument)):
-        client.wrong_passwords += 1
-        log.warning("%s gave a wrong operator password", client)
-        client.gone.wait(WRONG_DELAY)
-        return [Told(client, room.line(protocol.WRONG_PASSWORD))]
-    client.operator = True
-    log.info("%s is an operator", client)
-    return told(room, client, "you are an operator; /kick, /ban, /unban and /bans are yours")
-
-
-@command("kick")
-def _kick(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    name, _, reason = argument.partition(" ")
-    if not name:
-        raise Usage
-    other = room.find(name)
-    room.put_out(other, client, reason.strip())
-    return told(room, client, f"{other.name} was put out")
-
-
-@command("ban")
-def _ban(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    name, _, rest = argument.partition(" ")
-    minutes, _, reason = rest.strip().partition(" ")
-    if not re.fullmatch(r"[1-9]\d{0,6}", minutes, re.ASCII):
-        if not name or re.match(r"-?\d", minutes):
-            raise Usage
-        minutes, reason = "", rest
-    until = time.time() + 60 * int(minutes) if minutes else 0.0
-    try:
-        target: Client | None = room.find(name)
-    except Refusal:
-        target = None  # who has left can be banned too, by name
-    address = target.host if target and not _is_loopback(target.host) else ""
-    ban = Ban(protocol.check_name(name), address, client.name, until, reason.strip())
-    room.set_bans(lambda bans: [*_without(bans, name), ban])
-    log.info("%s was banned by %s %s", ban.name, client, ban)
-    if target:
-        with contextlib.suppress(Refusal):  # it may leave by itself meanwhile
-            room.put_out(target, client, f"banned {ban}")
-    whom = " and ".join(filter(None, (ban.name, ban.address)))
-    return told(room, client, f"{whom} may not come in {ban}")
-
-
-@command("unban")
-def _unban(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    if not argument:
-        raise Usage
-    if len(_without(room.bans, argument)) == len(room.bans):
-        raise Refusal(f"nobody called {argument} is banned; /bans lists who is")
-    room.set_bans(lambda bans: _without(bans, argument))
-    log.info("%s was let in again by %s", argument, client)
-    return told(room, client, f"{argument} may come in again")
-
-
-@command("bans")
-def _bans(room: Room, client: Client, argument: str) -> Iterable[Entry]:
-    bans = [ban for ban in room.bans if not ban.is_over()]
-    return told(
-        room, client, *(f"{ban.name} {ban.address or '-'} by {ban.by} {ban}" for ban in bans)
-    ) or told(room, client, "nobody is banned")
-
-
-def _without(bans: list[Ban], name: str) -> list[Ban]:
-    return [ban for ban in bans if protocol.fold(ban.name) != protocol.fold(name)]
-
-
-# --- The server --------------------------------------------------------------
-
-
-class ChatServer(Room):
-    """The room with its door: listens, lets people in and hears what they say.
-
-    `port` 0 takes any free one; `server.port` tells which.  `history` is a file
-    for a durable one, `tls` a server's context.  Raise `OSError` when the address
-    cannot be listened on and `HistoryError` when the file cannot be used.
-    """
-
-    def __init__(
-        self,
-        host: str = protocol.HOST,
-        port: int = protocol.PORT,
-        fmt: str = protocol.FORMAT,
-        *,
-        max_clients: int = 1000,
-        max_per_address: int = 50,
-        max_unnamed: int = 64,
-        name_deadline: float = 30.0,
-        rate_limit: float = 5.0,
-        history: str | None = None,
-        tls: ssl.SSLContext | None = None,
-        password: str | None = None,
-        op_password: str | None = None,
-    ) -> None:
-        listener = _listen_on(host, port)
-        try:
-            super().__init__(
-                History(fmt) if history is None else FileHistory(history, fmt), max_clients
-            )
-        except BaseException:
-            listener.close()
-            raise
-        self.password = Password(password) if password else None
-        self.op_password = Password(op_password) if op_password else None
-        self.tls = tls
-        self.max_per_address = max_per_address
-        self.max_unnamed = max_unnamed
-        self.name_deadline = name_deadline
-        self.rate_limit = rate_limit
-        self._connected: dict[Client, None] = {}  # all connections, in the order they came
-        self._unnamed: dict[Client, None] = {}  # those of them that have not joined
-        self._addresses: Counter[str] = Counter()
-        # Guards the three above; notified when a connection has ended.
-        self._door = threading.Condition()
-        self._door_waker = Waker()
-        self._listener = listener
-        self.host, self.port = self._listener.getsockname()[:2]
-        self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
-
-    def __enter__(self) -> ChatServer:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        """Start the broadcaster and let people in."""
-        super().start()
-        self._receiver.start()
-        log.info("listening on %s:%d", self.host, self.port)
-
-    def receive(self) -> None:
-        """Accept connections until the server stops, whatever goes wrong."""
-        delay = 0.0
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._door_waker, selectors.EVENT_READ)
-            while not self.stopping.is_set():
-                selector.select()
-                try:
-                    self._accept()
-                    delay = 0.0
-                except BlockingIOError:
-                    pass  # reset before we came, or the server stops
-                except (OSError, RuntimeError, MemoryError) as error:
-                    if not delay:
-                        log.error("cannot accept a connection: %s; trying again", error)
-                    delay = min(1.0, delay * 2 or 0.010)
-                    self.stopping.wait(delay)
-
-    def handle(self, client: Client) -> None:
-        """Serve one client from its first byte to its last."""
-        reason, last_line = "the input ended", ""
-        try:
-            self._admit(client)
-            self._listen(client)
-        except Farewell as farewell:
-            reason, last_line = str(farewell), farewell.line
-        except Gone:
-            reason = "the server ended it"
-        except OSError as error:
-            reason = str(error)
-        except Exception:
-            log.exception("%s: a fault; the connection ends", client)
-            reason = "a fault"
-        finally:
-            self._part(client, reason, last_line)
-
-    def stop(self) -> None:
-        """Deliver what was accepted, say goodbye and close; at most five seconds."""
-        if self.stopping.is_set():
-            return
-        self.stopping.set()
-        self._door_waker.wake()
-        self._receiver.join()
-        self._listener.close()
-        super().stop()
-        self._end_connections(socket.SHUT_WR)
-        self._end_connections(socket.SHUT_RDWR)  # whoever did not close
-        for thing in (self._door_waker, self._waker, self._selector, self.history):
-            thing.close()
-        log.info("stopped")
-
-    # The steps of `receive`.
-
-    def _accept(self) -> None:
-        """Accept one connection and start its thread."""
-        sock, (host, port, *_) = self._listener.accept()
-        try:
-            connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
-            client = Client(connection, protocol.escape(host), port)
-        except BaseException:
-            sock.close()
-            raise
-        self._register(client)
-        try:
-            threading.Thread(target=self.handle, args=[client], daemon=True).start()
-        except BaseException:
-            with contextlib.suppress(OSError):
-                client.connection.send(self.line(protocol.BUSY))
-            self._unregister(client)
-            raise
-
-    def _register(self, client: Client) -> None:
-        """Count a connection, and close the oldest that has no name if there are too many."""
-        with self._door:
-            self._connected[client] = None
-            self._unnamed[client] = None
-            self._addresses[client.host] += 1
-            if len(self._unnamed) <= self.max_unnamed:
-                return
-            oldest = next(iter(self._unnamed))
-            del self._unnamed[oldest]
-        log.info("%s closed: too many connections without a name", oldest)
-        oldest.end_input()
-
-    def _unregister(self, client: Client) -> None:
-        """Close a connection; the last thing that happens to it."""
-        client.connection.close()
-        with self._door:
-            del self._connected[client]
-            self._unnamed.pop(client, None)
-            self._addresses[client.host] -= 1
-            if not self._addresses[client.host]:
-                del self._addresses[client.host]
-            self._door.notify_all()
-
-    # The steps of `handle`.
-
-    def _admit(self, client: Client) -> None:
-        """Ask for a name, and for the password, until the client can be let in."""
-        deadline = time.monotonic() + self.name_deadline
-        self._shake_hands(client, deadline)
-        if self._addresses[client.host] > self.max_per_address and not _is_loopback(client.host):
-            raise Farewell("too many connections from its address", protocol.ADDRESS_FULL)
-        trusted = self.password is None
-        for _ in range(TRIES):
-            client.connection.send(b"NICK\n")
-            line = self._next_line(client, deadline)
-            if not trusted:
-                self._check_password(client, deadline)
-                trusted = True
-            with self._door:
-                self._unnamed.pop(client, None)  # not the oldest without a name while it gets one
-            try:
-                return self.claim(client, protocol.introduction(protocol.decode(line, self.fmt)))
-            except Refusal as refusal:
-                client.connection.send(self.line(protocol.answer(str(refusal))))
-            with self._door:
-                self._unnamed[client] = None
-        raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
-
-    def _shake_hands(self, client: Client, deadline: float) -> None:
-        try:
-            client.connection.shake_hands(deadline)
-        except ssl.SSLError as error:
-            raise Farewell(f"no TLS: {error.reason}", protocol.WANTS_TLS) from None
-        except TimeoutError:
-            raise Farewell("no TLS in time", protocol.WANTS_TLS) from None
-
-    def _check_password(self, client: Client, deadline: float) -> None:
-        assert self.password is not None
-        for left in reversed(range(TRIES)):
-            client.connection.send(b"PASS\n")
-            if self.password.is_it(self._next_line(client, deadline)):
-                return
-            log.warning("%s gave a wrong password", client)
-            if client.gone.wait(WRONG_DELAY):
-                raise Gone
-            if left:
-                client.connection.send(self.line(protocol.WRONG_PASSWORD))
-        raise Farewell("no right password", protocol.NO_MORE_PASSWORDS)
-
-    def _next_line(self, client: Client, deadline: float) -> bytes:
-        """Return the next line of one that has not joined yet."""
-        while not client.unread:
-            try:
-                data = client.connection.receive(deadline)
-            except TimeoutError:
-                raise Farewell("no name in time", protocol.TOO_LATE) from None
-            if not data:
-                raise Farewell("left without a name")
-            client.unread = client.framer.feed(data)
-            foreign = protocol.foreign_protocol((client.unread or [client.framer.partial])[0])
-            if foreign:
-                raise Farewell(f"speaks {foreign}", protocol.FOREIGN[foreign])
-            if client.framer.overrun and not client.unread:
-                raise Farewell("speaks no lines", protocol.UNFRAMED)
-        return client.unread.pop(0)
-
-    def _listen(self, client: Client) -> None:
-        """Hear a client until its input ends, no faster than it may speak."""
-        bucket = Bucket(self.rate_limit)
-        while True:
-            while client.unread:
-                count = bucket.take(len(client.unread))
-                lines, client.unread = client.unread[:count], client.unread[count:]
-                self._hear(client, lines)
-                if client.unread and client.gone.wait(bucket.delay()):
-                    raise Gone
-            if client.framer.overrun:
-                raise Farewell("speaks no lines", protocol.UNFRAMED)
-            data = client.connection.receive()
-            if not data:
-                return
-            client.unread = client.framer.feed(data)
-
-    def _hear(self, client: Client, lines: list[bytes]) -> None:
-        """Put what a client says into the room's queue and do what it asks for."""
-        if protocol.are_plain(lines, client.prefix):
-            self.broadcast([Said(lines, client)], client)
-            return
-        said: list[bytes] = []
-        for line in lines:
-            text = self._checked(line, client.prefix)
-            if isinstance(text, Refusal) or protocol.is_command(text):
-                if said:
-                    self.broadcast([Said(said, client)], client)
-                    said = []
-                self.broadcast(obey(self, client, text), client)
-            elif text.strip():
-                said.append(client.prefix + protocol.unslash(text))
-        if said:
-            self.broadcast([Said(said, client)], client)
-
-    def _checked(self, line: bytes, prefix: bytes) -> bytes | Refusal:
-        try:
-            return protocol.readable(line, prefix, self.fmt)
-        except Refusal as refusal:
-            return refusal
-
-    def _part(self, client: Client, reason: str, last_line: str) -> None:
-        """The one way out, whatever ended a client."""
-        if client.name:
-            self.leave(client, last_line)
-        elif last_line:
-            with contextlib.suppress(OSError):
-                client.connection.send(self.line(last_line))
-        log.info("%s left: %s", client, reason)
-        client.connection.drain(time.monotonic() + LINGER)
-        self._unregister(client)
-
-    # The steps of `stop`.
-
-    def _end_connections(self, how: int) -> None:
-        """Shut all connections down and wait a while for their threads to end."""
-        with self._door:
-            connected = list(self._connected)
-        for client in connected:
-            if not client.name and how == socket.SHUT_WR:
-                with contextlib.suppress(OSError):
-                    client.connection.send(self.line(protocol.SHUTTING_DOWN))
-            client.gone.set()
-            client.connection.shutdown(how)
-        with self._door:
-            self._door.wait_for(lambda: not self._connected, STOP_CLOSE)
-
-
-def _listen_on(host: str, port: int) -> socket.socket:
-    """Return a listening socket, for IPv6 too."""
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    listener = socket.create_server((host, port), family=found[0][0], backlog=BACKLOG)
-    listener.setblocking(False)
-    return listener
-
-
-def _is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 
 # --- The command line --------------------------------------------------------

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import protocol
-from server import ChatServer
+from server import ChatServer, Entry, Handed, Kicked, Promoted
 
 SERVER = Path(__file__).parent.parent / "server.py"
 ALTERED = """
@@ -244,6 +244,33 @@ def run_chat(*, shrunken: bool = False, **options: Any) -> Iterator[ChatServer]:
                 yield server
             finally:
                 close_peers()
+
+
+def is_away(server: ChatServer, name: str) -> bool:
+    """Tell whether the place of somebody who lost their connection is kept for them."""
+    stay = server.broadcaster.room.by_name(name)
+    return stay is not None and stay.session is None
+
+
+def session_of(server: ChatServer, name: str) -> int:
+    """Return the session of somebody who is here."""
+    stay = server.broadcaster.room.by_name(name)
+    assert stay is not None
+    assert stay.session is not None
+    return stay.session
+
+
+def hand_in(server: ChatServer, *entries: Entry) -> None:
+    """Have things happen without a client."""
+    for entry in entries:
+        server.broadcaster.log.hand_in(Handed(entry))
+
+
+def kick(server: ChatServer, name: str, by: str, reason: str) -> None:
+    """Have somebody put out by another, who is an operator from now on."""
+    operator, stay = session_of(server, by), server.broadcaster.room.by_name(name)
+    assert stay is not None
+    hand_in(server, Promoted(operator), Kicked(operator, stay.number, reason))
 
 
 @contextlib.contextmanager

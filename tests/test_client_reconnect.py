@@ -194,10 +194,9 @@ def test_lines_typed_while_away_are_said_when_back() -> None:
         shown.wait_for("connection lost")
         for number in range(50):
             chat.send(f"line {number}")
-        bob.expect("* alice left the chat")
         proxy.come_back()
         flush(chat)
-        bob.expect("* alice joined the chat", *(f"alice: line {n}" for n in range(50)))
+        bob.expect(*(f"alice: line {n}" for n in range(50)))
 
 
 def test_missed_lines_are_counted_and_shown_once() -> None:
@@ -342,8 +341,9 @@ def test_new_name_cut_at_every_byte(direction: Direction, how: How) -> None:
     assert not failures(lambda offset: rename(Fault(direction, offset, how)), every)
 
 
-def test_name_taken_meanwhile() -> None:
+def test_name_taken_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else has the name: the client says so once, and comes in when it is free again."""
+    monkeypatch.setattr("server.HELD", 0.0)
     with talking() as (room, proxy, bob, chat, shown):
         proxy.go_away()
         bob.expect("* alice left the chat")
@@ -360,8 +360,9 @@ def test_name_taken_meanwhile() -> None:
         assert taken == ["the name alice is taken; choose another with /nick"]
 
 
-def test_another_name_to_come_back_with() -> None:
+def test_another_name_to_come_back_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """A `/nick` while away is the name to come back with; nothing was said twice for it."""
+    monkeypatch.setattr("server.HELD", 0.0)
     with talking() as (room, proxy, bob, chat, shown):
         lose_what_comes(proxy)
         chat.send("heard")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import pytest
-from chat import DEADLINE, Peer, no_leaks, run_chat
+from chat import DEADLINE, Peer, kick, no_leaks, run_chat
 from clients import ROOT, environment, greet, pretended, read_to_end
 from proxy import GHOST, Proxy
 from terminal import Screen, Terminal
@@ -161,7 +161,7 @@ def test_name_is_asked_for_again(opened: Open) -> None:
         terminal.wait_for(asked(4))
         terminal.type("alice\r")
         enter(terminal, bob)
-        assert server.present() == ["bob", "alice"]
+        assert server.names == ["bob", "alice"]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_put_out(opened: Open, server: ChatServer, bob: Peer, disposition: signa
     try:
         with opened(server.port) as terminal:
             enter(terminal, bob)
-            server.put_out(server.find("alice"), server.find("bob"), "enough")
+            kick(server, "alice", "bob", "enough")
             assert terminal.wait() == 1
             assert_sane(terminal)
             assert "you were kicked by bob: enough" in terminal.screen.text()

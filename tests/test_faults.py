@@ -14,18 +14,20 @@ from chat import (
     Peer,
     close_peers,
     crowd,
+    hand_in,
     no_leaks,
     pair,
     room_lines,
     run_chat,
     run_server,
+    session_of,
     wait_until,
 )
 
 import protocol
 import server as server_module
 from protocol import Connection
-from server import ChatServer, Client, Said, Told
+from server import Answered, ChatServer, Output, Said
 
 
 @pytest.fixture
@@ -114,8 +116,8 @@ def test_a_thread_that_cannot_start_for_who_is_gone_leaks_nothing(
             waiting = Peer(server.port)
             server.start()
             waiting.join("alice")
-            wait_until(lambda: len(server._connected) == 1, "the lost one to be forgotten")
-            assert server.present() == ["alice"]
+            wait_until(lambda: len(server.clients) == 1, "the lost one to be forgotten")
+            assert server.names == ["alice"]
         finally:
             close_peers()
             server.stop()
@@ -133,7 +135,7 @@ def test_connections_reset_before_they_are_accepted() -> None:
         alice = Peer(server.port)
         with server:
             alice.join("alice")
-            wait_until(lambda: len(server._connected) == 1, "the lost ones to be forgotten")
+            wait_until(lambda: len(server.clients) == 1, "the lost ones to be forgotten")
             alice.send("hello")
             alice.expect_eventually("alice: hello")
             close_peers()
@@ -144,7 +146,7 @@ def test_a_server_that_cannot_listen_leaves_nothing() -> None:
     with run_chat() as server:
         Peer(server.port).join("alice")  # so that it has opened all that it needs
         close_peers()
-        wait_until(lambda: not server._connected, "alice to be gone")
+        wait_until(lambda: not server.clients, "alice to be gone")
         with no_leaks():
             for _ in range(3):
                 with pytest.raises(OSError, match="in use"):
@@ -192,8 +194,11 @@ STAGES: dict[str, Callable[[Peer], object]] = {
 
 @pytest.mark.parametrize("way", ["reset", "close", "half"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_peer_may_vanish_at_any_moment(room: ChatServer, stage: str, way: str) -> None:
+def test_a_peer_may_vanish_at_any_moment(
+    room: ChatServer, stage: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is left of a peer that is gone, and the others talk on."""
+    monkeypatch.setattr(server_module, "HELD", 0.05)
     alice = Peer(room.port).join("alice")
     for _ in range(3):
         ghost = Peer(room.port)
@@ -207,14 +212,15 @@ def test_a_peer_may_vanish_at_any_moment(room: ChatServer, stage: str, way: str)
         last = Peer(room.port)
         last.expect("NICK")  # so the ghost, who came before, has been accepted
         last.close()
-        wait_until(lambda: len(room._connected) == 1, "the ghost to be forgotten")
+        wait_until(lambda: len(room.clients) == 1, "the ghost to be forgotten")
+        wait_until(lambda: room.names == ["alice"], "its place to be kept no longer")
     alice.send("still here")
     lines = alice.lines_until("alice: still here")
     names = ("ghost", "spirit")
     joined = [line for line in lines if line in map(protocol.joined, names)]
     left = [line for line in lines if line in map(protocol.left, names)]
     assert len(joined) == len(left)
-    assert room.present() == ["alice"]
+    assert room.names == ["alice"]
 
 
 def test_fifty_may_vanish_at_once(room: ChatServer) -> None:
@@ -275,7 +281,7 @@ def test_a_fault_in_the_round_in_which_somebody_leaves(
     alice.send("hello")
     alice.expect_eventually("alice: hello")
     bob.rest()
-    wait_until(lambda: len(room._connected) == 1, "bob to be gone")
+    wait_until(lambda: len(room.clients) == 1, "bob to be gone")
 
 
 def test_a_fault_with_one_client_keeps_nothing_from_the_others(
@@ -301,15 +307,15 @@ def test_who_was_to_be_served_when_a_round_failed_is_served_at_once(
 ) -> None:
     """After a fault in a round of private lines alone, the others get theirs without more ado."""
     peers = crowd(room.port, 10)
-    serve, faults = room._serve, [ValueError("a fault of the test")]
+    serve, faults = room.broadcaster._serve, [ValueError("a fault of the test")]
 
-    def serve_or_raise(client: Client) -> None:
+    def serve_or_raise(output: Output) -> None:
         if faults:
             raise faults.pop()
-        serve(client)
+        serve(output)
 
-    monkeypatch.setattr(room, "_serve", serve_or_raise)
-    room.broadcast([Told(client, b"-> psst\n") for client in list(room.clients)])
+    monkeypatch.setattr(room.broadcaster, "_serve", serve_or_raise)
+    hand_in(room, *(Answered(client.session, [b"-> psst\n"]) for client in room.clients))
     wait_until(lambda: sum(peer.has("-> psst") for peer in peers) >= 9, "nine of ten to hear")
     assert "a fault of the test" in caplog.text
 
@@ -320,18 +326,18 @@ def test_a_selector_that_fails_costs_one_client(
     """A full socket that cannot be watched ends its client; all others hear everything."""
     alice, stuck = Peer(room.port).join("alice"), Peer(room.port, buffer=SMALL).join("stuck")
     alice.expect("* stuck joined the chat")
-    connection = room.find("stuck").connection
+    connection = room.broadcaster.outputs[session_of(room, "stuck")].connection
     connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space for another watch")
 
-    monkeypatch.setattr(room._selector, "register", refuse)
-    lines = [b"alice: " + b"x" * 1000 + b"%d" % number for number in range(100)]
-    room.broadcast([Said(lines)])
-    alice.expect(*(line.decode() for line in lines), "* stuck left the chat")
+    monkeypatch.setattr(room.broadcaster._selector, "register", refuse)
+    lines = [f"alice: {'x' * 1000}{number}" for number in range(100)]
+    hand_in(room, Said(session_of(room, "alice"), [line.encode() for line in lines]))
+    alice.expect(*lines, "* stuck left the chat")
     stuck.close()
-    wait_until(lambda: len(room._connected) == 1, "the stuck one to be gone")
+    wait_until(lambda: len(room.clients) == 1, "the stuck one to be gone")
 
 
 def test_who_has_left_is_not_served_again(
@@ -340,14 +346,14 @@ def test_who_has_left_is_not_served_again(
     """The round in which somebody leaves does not come back to it, wherever it stands in it."""
     monkeypatch.setattr(server_module, "SLICE", 1)
     alice = Peer(room.port).join("alice")
-    serve, touched = room._serve, []
+    take_next, touched = room.broadcaster._take_next, []
 
-    def watch(client: Client) -> None:
-        if client.forgotten:
-            touched.append(client)
-        serve(client)
+    def watch(output: Output) -> bool:
+        if output.released:
+            touched.append(output)
+        return take_next(output)
 
-    monkeypatch.setattr(room, "_serve", watch)
+    monkeypatch.setattr(room.broadcaster, "_take_next", watch)
     for _ in range(20):
         bob = Peer(room.port).join("bob")
         bob.send("/quit").rest()
@@ -460,7 +466,7 @@ def test_of_twenty_that_want_one_new_name_one_gets_it(room: ChatServer) -> None:
             answers.append(line)
     assert answers.count("-> you are now star") == 1
     assert answers.count("-> not sent: the name star is taken; choose another") == 19
-    assert room.present().count("star") == 1
+    assert room.names.count("star") == 1
 
 
 def test_twenty_that_change_names_in_circles_stay_apart(room: ChatServer) -> None:
@@ -488,5 +494,5 @@ def test_the_log_is_quiet_about_ordinary_ends(
     with caplog.at_level(logging.DEBUG, "chat"):
         for way in Peer.vanish, Peer.close:
             way(Peer(room.port).join("alice"))
-            wait_until(lambda: not room._connected, "alice to be gone")
+            wait_until(lambda: not room.clients, "alice to be gone")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

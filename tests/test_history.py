@@ -13,10 +13,19 @@ import time
 from pathlib import Path
 
 import pytest
-from chat import Peer, pair, run_briefly, run_chat, run_server, wait_until
+from chat import (
+    Peer,
+    hand_in,
+    pair,
+    run_briefly,
+    run_chat,
+    run_server,
+    session_of,
+    wait_until,
+)
 from trust import consecutive, integrity, position_of, stored
 
-from server import Ban, ChatServer
+from server import Ban, Banned, ChatServer, Promoted
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\dZ"
 WAL_SIDE_FILES = ("-wal", "-shm", "-journal")
@@ -515,6 +524,8 @@ def test_ban_made_while_another_is_being_stored_is_kept(
 ) -> None:
     """Of two bans made at the same time, both are there after a restart."""
     with run_chat(history=str(file)) as room:
+        Peer(room.port).join("alice")
+        alice = session_of(room, "alice")
         append = room.history.append
         commits: list[int] = []
 
@@ -522,10 +533,10 @@ def test_ban_made_while_another_is_being_stored_is_kept(
             append(lines, bans)
             commits.append(len(bans or ()))
             if commits == [1]:
-                room.set_bans(lambda bans: [*bans, Ban("carol", "", "alice", 0.0, "")])
+                hand_in(room, Banned(alice, "carol", 0.0, "", 0.0))
 
         monkeypatch.setattr(room.history, "append", ban_meanwhile)
-        room.set_bans(lambda bans: [*bans, Ban("bob", "", "alice", 0.0, "")])
-        wait_until(lambda: commits, "the first commit")
+        hand_in(room, Promoted(alice), Banned(alice, "bob", 0.0, "", 0.0))
+        wait_until(lambda: len(commits) == 2, "both commits")
     with ChatServer(port=0, history=str(file)) as room:
-        assert sorted(ban.name for ban in room.bans) == ["bob", "carol"]
+        assert [ban.name for ban in room.broadcaster.room.bans] == ["bob", "carol"]

@@ -41,14 +41,14 @@ def test_an_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch) -> 
         alice = Peer(server.port).join("alice")
         unnamed = Peer(server.port)
         unnamed.expect("NICK")
-        third = Peer(server.port)
+        third = Peer(server.port).introduce("third")
         third.expect(protocol.ADDRESS_FULL)
         third.expect_closed()
         Peer(server.port, source="127.0.0.2").join("bob")
         alice.expect("* bob joined the chat")
         for peer in unnamed, third:
             peer.close()
-        wait_until(lambda: len(server._connected) == 2, "the others to be gone")
+        wait_until(lambda: len(server.clients) == 2, "the others to be gone")
         Peer(server.port).join("carol")
         alice.expect("* carol joined the chat")
 
@@ -59,7 +59,7 @@ def test_loopback_has_no_limit_of_its_own() -> None:
         for number in range(5):
             Peer(server.port).join(f"peer{number}")
         Peer(server.port, source="127.9.8.7").join("other")
-        assert len(server.present()) == 6
+        assert len(server.names) == 6
 
 
 def test_the_oldest_without_a_name_makes_room() -> None:
@@ -104,7 +104,7 @@ def test_silence_ends_at_the_deadline(start: bytes) -> None:
         alice.send("still here")
         alice.expect("alice: still here")
         silent.close()
-        wait_until(lambda: len(server._connected) == 1, "the silent one to be gone")
+        wait_until(lambda: len(server.clients) == 1, "the silent one to be gone")
 
 
 def test_dripping_bytes_do_not_move_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +113,8 @@ def test_dripping_bytes_do_not_move_the_deadline(monkeypatch: pytest.MonkeyPatch
     with run_chat(name_deadline=0.5) as server:
         peer = Peer(server.port)
         peer.expect("NICK")
-        drip(peer, lambda: not server._connected)
-        wait_until(lambda: not server._connected, "the place to be free")
+        drip(peer, lambda: not server.clients)
+        wait_until(lambda: not server.clients, "the place to be free")
 
 
 def test_refused_names_do_not_move_the_deadline() -> None:
@@ -137,7 +137,7 @@ def test_who_never_closes_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
         alice.expect("-> bye")
         drip(alice, lambda: False)
         bob.expect("* alice left the chat")
-        wait_until(lambda: len(server._connected) == 1, "the place to be free")
+        wait_until(lambda: len(server.clients) == 1, "the place to be free")
 
 
 # --- The rate ----------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_who_leaves_without_reading_is_gone_at_once(monkeypatch: pytest.MonkeyPa
         sloth.send("/quit")
         for peer in bob, carol:
             peer.expect("* sloth left the chat")
-        wait_until(lambda: len(server._connected) == 2, "the place to be free")
+        wait_until(lambda: len(server.clients) == 2, "the place to be free")
         assert accounted(sloth.lines(10), 0) == (10, 0)
 
 

@@ -300,7 +300,7 @@ def survive(
             carol = join().join("carol")
             carol.send("/names", "hello")
             carol.expect("-> 1 here: carol", "carol: hello")
-            assert [someone.name for someone in room.clients] == ["carol"]
+            assert room.names == ["carol"]
             seen = room_lines(heard)
     kept = [*stored(file).values()]
     assert set(seen) <= set(kept)
@@ -352,7 +352,7 @@ def test_thread_that_cannot_start_for_a_client_that_has_gone(
                 alice = Peer(room.port).join("alice")
                 alice.send("hello")
                 alice.expect("alice: hello")
-                assert len(room._connected) == 1
+                assert len(room.clients) == 1
 
 
 # --- Hostility ---------------------------------------------------------------
@@ -507,7 +507,7 @@ def test_of_fifty_that_claim_one_name_one_gets_it(
         welcomed = [line for line in answers if line.startswith("-> Welcome, ")]
         refused = [line for line in answers if re.fullmatch("-> the name .* is taken; .*", line)]
         assert (len(welcomed), len(refused)) == (1, 49)
-        assert len(room.present()) == 1
+        assert len(room.names) == 1
         assert len(room.history.last(100)) == 1
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chat import Peer, pair, run_chat, stopping, wait_until
+from chat import Peer, hand_in, pair, run_chat, session_of, stopping, wait_until
 
 import protocol
 import server as server_module
@@ -115,7 +115,7 @@ def test_the_room_can_be_used_from_python() -> None:
         assert server.host == "127.0.0.1"
         assert server.port
         Peer(server.port).join("alice")
-        assert server.present() == ["alice"]
+        assert server.names == ["alice"]
     with pytest.raises(ConnectionRefusedError):
         Peer(server.port)
 
@@ -139,7 +139,7 @@ def test_who_does_not_close_is_closed_in_the_end(
     alice, unnamed = Peer(room.port).join("alice"), Peer(room.port)
     unnamed.expect("NICK")
     room.stop()
-    wait_until(lambda: not room._connected, "all connections to be closed")
+    wait_until(lambda: not room.clients, "all connections to be closed")
     for peer in alice, unnamed:
         peer.expect(protocol.SHUTTING_DOWN)
         peer.expect_closed()
@@ -186,7 +186,7 @@ def test_what_is_said_during_a_round_is_heard_by_those_still_to_be_served(
 
     def interrupt(data: bytes) -> int:
         if data == b"alice: one\n":
-            room.broadcast([Said([b"bob: two"])])
+            hand_in(room, Said(session_of(room, "bob"), [b"bob: two"]))
         return send_first(data)
 
     def watch(data: bytes) -> int:
@@ -336,7 +336,7 @@ def test_a_newcomer_may_ask_for_a_position(room: ChatServer) -> None:
 def test_positions_outside_of_the_history_are_set_right(room: ChatServer) -> None:
     """Who asks for what is gone or has not come yet is told where it starts instead."""
     talk(room, 5)
-    first, end = room.history.first, room.history.end
+    first = room.history.first
     bob = Peer(room.port).introduce("bob 0")
     bob.expect_match("-> Welcome, bob! .*")
     bob.expect(f"-> at {first}", "* alice joined the chat", "alice: line 0")
@@ -344,7 +344,8 @@ def test_positions_outside_of_the_history_are_set_right(room: ChatServer) -> Non
     bob.expect_eventually("* bob joined the chat")
     carol.introduce("carol 999999999999999999")
     carol.expect_match("-> Welcome, carol! .*")
-    carol.expect(f"-> at {end + 1}", "* carol joined the chat")
+    # A position that has not come yet is of another history: all of this one is new.
+    carol.expect(f"-> at {first}", "* alice joined the chat")
 
 
 def test_counting_room_lines_is_knowing_the_position(room: ChatServer) -> None:
@@ -480,16 +481,18 @@ def test_who_waits_for_space_in_the_queue_can_be_replaced(
     monkeypatch.setattr(room.history, "append", append_later)
     try:
         ghost.send(*(f"{number} {'x' * 900}" for number in range(1000)))
-        wait_until(lambda: room._queued - room._placed >= 50, "the queue to be crowded")
+        log = room.broadcaster.log
+        wait_until(lambda: log.lines >= 50, "the queue to be crowded")
+        before = log._count
         alice = Peer(room.port).introduce(f"alice -0 {KEY}")
-        here = alice.sock.getsockname()[1]
-        wait_until(lambda: room.names["alice"].port == here, "the place to be taken")
+        wait_until(lambda: log._count > before, "the claim")
     finally:
         may_go_on.set()
     alice.expect("-> Welcome back, alice!")
-    alice.expect_match("-> at .*")
-    wait_until(lambda: len(room._connected) == 1, "the ghost to be gone")
+    position = position_in(alice.next_line())
+    wait_until(lambda: len(room.clients) == 1, "the ghost to be gone")
     alice.expect_nothing()
+    assert room.history.end == position
 
 
 def test_a_place_can_be_taken_back_many_times(room: ChatServer) -> None:
@@ -515,11 +518,12 @@ def test_help_shows_each_command_aligned(room: ChatServer) -> None:
     lines = alice.lines(len(server_module.COMMANDS))
     alice.expect_nothing()
     usages = [re.split(r"  +", line)[0] for line in lines]
-    assert usages[:8] == [
+    assert usages[:9] == [
         "-> /help",
         "-> /names",
         "-> /me ACTION",
         "-> /msg NAME TEXT",
+        "-> /reply TEXT",
         "-> /nick NAME",
         "-> /history [N]",
         "-> /search WORD",

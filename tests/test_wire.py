@@ -308,7 +308,7 @@ def test_other_formats_carry_other_letters() -> None:
         for text in ("a\u202eb", "a\u2066b", "a\x9bb", "a\u2028b", "\u200bab"):
             alice.send(text)
             alice.expect(refused)
-        alice.send_raw(b"\xff\xfe\n" + "\u00fc".encode()[:1] + b"\n")
+        alice.send_raw(b"\xff\xff\n" + "\u00fc".encode()[:1] + b"\n")
         alice.expect(refused, refused)
         alice.send_slowly("\u00fc\u4f60\n".encode())
         alice.expect("alice: \u00fc\u4f60")
