@@ -2273,6 +2273,10 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
             chat.flush()
     except KeyboardInterrupt:
         pass  # Ctrl-C, a signal, or the end of the conversation: leave
+    except BaseException:  # such as a window that is closed: not without a goodbye
+        with contextlib.suppress(OutputClosed):
+            chat.leave()
+        raise
     try:
         unsent = chat.leave()
     except KeyboardInterrupt:  # once more: without a goodbye

@@ -127,10 +127,10 @@ def test_cut_at_every_byte_of_the_names() -> None:
 
 def test_kicked_person_is_not_present() -> None:
     """Somebody who was kicked is gone from who is here, and so from what Tab completes."""
-    with run_chat() as room, chatting(room.port) as (chat, shown):
+    with run_chat(op_password="secret") as room, chatting(room.port) as (chat, shown):
         bob, carol = Peer(room.port).join("bob"), Peer(room.port).join("carol")
         shown.wait_for("* carol joined the chat")
-        room.put_out(room.find("bob"), room.find("carol"), "enough")
+        carol.send("/op secret", "/kick bob enough")
         shown.wait_for("* bob was kicked by carol: enough")
         assert chat.present == ["carol", "alice"]
         bob.close()
