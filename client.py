@@ -90,6 +90,7 @@ SEND_AHEAD = 16 * 1024  # bytes given to the socket at once
 ENDED = getattr(signal, "SIGUSR2", signal.SIGTERM)
 EXITS = ("exit", "quit", ":q")  # how other programs are left
 INTERRUPT_AGAIN = 2.0  # seconds in which a second Ctrl-C leaves
+MAX_STOPS = 1000  # in the background; without a shell to go on in, nothing stops
 HOW_TO_LEAVE = "Ctrl-C again, Ctrl-D or /quit leaves"
 
 
@@ -1495,10 +1496,22 @@ class Terminal(Screen):
 
     def __init__(self, look: Look) -> None:
         super().__init__(look)
-        self._settings = termios.tcgetattr(sys.stdin) if termios else None
+        self._settings: list[Any] | None = None  # of the terminal, when we first had it
         self._given_back: deque[str] = deque()  # refused lines; any thread adds, the main one takes
         self._called = False  # something earlier was meant for the user; of the thread that shows
         self._interrupted = -math.inf  # when Ctrl-C last came; of the main thread
+
+    def _take_terminal(self) -> None:
+        """Stop, as who reads in the background is stopped, until the terminal is ours.
+
+        Before that it may be set as some other program wants it.
+        """
+        for _ in range(MAX_STOPS):
+            if in_foreground():
+                break
+            os.kill(os.getpid(), signal.SIGTTIN)
+        if self._settings is None and termios:
+            self._settings = termios.tcgetattr(sys.stdin)
 
     def give_back(self, line: str) -> None:
         """Let what was refused stand in the prompt again, at once or in the next one."""
@@ -1577,6 +1590,7 @@ class DumbTerminal(Terminal):
 
     def read(self) -> str:
         """Return the line that is typed next."""
+        self._take_terminal()
         line, self._interrupted = self._take_back(), -math.inf
         if line:
             self._write(f"-- to be mended: {line} --\n")
@@ -1584,6 +1598,7 @@ class DumbTerminal(Terminal):
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask, and read the answer from the next line."""
+        self._take_terminal()
         return self._ask_secretly(question) if secret else input(question)
 
     def show(self, item: Line | Notice) -> None:
@@ -1613,14 +1628,12 @@ class ReadlineTerminal(Terminal):
         self._asking = False  # what comes must wait until the question is answered
         self._cleared = False  # Ctrl-C did not mean to leave
         signal.signal(signal.SIGINT, self._on_interrupt)
-        if self._library:
-            signal.signal(signal.SIGTSTP, self._on_stop)
-            signal.signal(signal.SIGCONT, self._on_continue)
         self._hear_signals()
 
     def read(self) -> str:
         """Return the line that is typed next, and take it off the screen."""
         while True:
+            self._take_terminal()
             self._reading = True
             try:
                 self._begin()
@@ -1648,6 +1661,7 @@ class ReadlineTerminal(Terminal):
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own, and keep the answer out of the recall."""
+        self._take_terminal()
         self._asking = True
         try:
             if secret:
@@ -1682,19 +1696,25 @@ class ReadlineTerminal(Terminal):
     def leave(self) -> None:
         """Make `read` raise `Leave`."""
         self._ignore_signals()
+        # A signal that is ignored only now may be pending, which Python would complain of.
+        sys.unraisablehook = lambda _: None
         if self._library and not in_foreground():
             self._library.let_go()
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # or readline's end would stop us
         raise Leave
 
     def _hear_signals(self) -> None:
         if self._library:
             signal.signal(signal.SIGUSR1, lambda number, frame: self._show_waiting())
+            signal.signal(signal.SIGTSTP, self._on_stop)
+            signal.signal(signal.SIGCONT, self._on_continue)
 
     def _ignore_signals(self) -> None:
         # When a handler has raised, `input` runs those of other signals with the
         # exception still set, and whatever they do fails.
         if self._library and self._reading:
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            for number in (signal.SIGUSR1, signal.SIGTSTP, signal.SIGCONT):
+                signal.signal(number, signal.SIG_IGN)
 
     def _begin(self) -> None:
         """Have Tab complete, and put a line that was refused back into the prompt."""
@@ -1782,9 +1802,10 @@ class ReadlineTerminal(Terminal):
         if self._library and self._is_active():
             self._library.hide(self._prompt())
             self._library.give_terminal_back()
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        for stop in (signal.SIGTSTP, signal.SIGCONT):
+            signal.signal(stop, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, self._on_stop)
+        self._hear_signals()
         self._on_continue(number, frame)
 
     def _on_continue(self, number: int, frame: FrameType | None) -> None:
@@ -1987,6 +2008,7 @@ class ToolkitTerminal(Terminal):
         return self._run(asking, question, is_password=secret)
 
     def _run(self, session: PromptSession[str], prompt: Any, **options: Any) -> str:
+        self._take_terminal()
         with self._printed:
             self._prompting, self._scheduled = session, True  # by what runs before the prompt
         try:
@@ -2042,9 +2064,10 @@ class ToolkitTerminal(Terminal):
 
     def leave(self) -> None:
         """Have the prompt end in its own good order, and raise `Leave` then."""
-        if hasattr(signal, "SIGTTOU"):  # in the background it would be stopped for that
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         app = self._prompting.app if self._prompting else None
+        if termios and app and not in_foreground():  # the end of the prompt must not touch it
+            termios.tcsetattr = lambda *_: None
+            app.output.flush = lambda: None  # type: ignore[method-assign]
         if app and app.is_running and app.loop:
             app.loop.call_soon_threadsafe(self._exit)
         else:
