@@ -91,6 +91,9 @@ ENDED = getattr(signal, "SIGUSR2", signal.SIGTERM)
 EXITS = ("exit", "quit", ":q")  # how other programs are left
 INTERRUPT_AGAIN = 2.0  # seconds in which a second Ctrl-C leaves
 MAX_STOPS = 1000  # in the background; without a shell to go on in, nothing stops
+# To the left edge, and nothing from there on: prompt_toolkit has gone to the row where its
+# prompt begins, but so many columns to the left as it believes that the text has.
+CLEAR_ROW = "\r\x1b[J"
 HOW_TO_LEAVE = "Ctrl-C again, Ctrl-D or /quit leaves"
 
 
@@ -2016,6 +2019,7 @@ class ToolkitTerminal(Terminal):
         finally:
             with self._printed:
                 self._prompting = None
+                self._write(CLEAR_ROW)
                 self._print()
 
     def show(self, item: Line | Notice) -> None:
@@ -2048,6 +2052,8 @@ class ToolkitTerminal(Terminal):
     def _print(self) -> None:
         """Print what waits; in the main thread, or where no prompt stands."""
         with self._printed:
+            if self._waiting and self._prompting is not None:
+                self._write(CLEAR_ROW)
             while self._waiting:
                 self._write((self._waiting.popleft() + "\n").replace("\n", "\r\n"))
             self._scheduled = False
