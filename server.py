@@ -87,7 +87,12 @@ from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsC
 # At the door.
 TRIES = 3  # at a name or a password
 WRONG_DELAY = 1.0  # seconds after a wrong password
+MAX_DELAY = 5.0  # seconds between two checks for an address that has given many wrong ones
+FORGIVEN = 600.0  # seconds after which a wrong password, or a right one, counts no more
+MAX_GUESSING = 50  # checks that wait for one address, of which each takes `MAX_DELAY` at most
 BURST = 20  # lines that a client may send at once before the rate counts
+JOINS = 20.0  # joins a second from one address, after
+JOINS_BURST = 100  # of them: a class that comes in at once, through one router
 BACKLOG = 1024  # connections that the system may keep waiting for accept()
 LINGER = 1.0  # seconds for a client to close after our last line
 STACK = 128 * 1024  # bytes for a client's thread, whose calls are few and shallow
@@ -173,8 +178,8 @@ class ChatServer:
     ) -> None:
         self.fmt = fmt
         self.tls = tls
-        self.password = protocol.password_bytes(password) if password else None
-        self.op_password = protocol.password_bytes(op_password) if op_password else None
+        self.password = Secret(password)
+        self.op_password = Secret(op_password)
         self.limits = Limits(**limits)  # type: ignore[arg-type]
         self._listener = _listen_on(host, port)
         self.host, self.port = self._listener.getsockname()[:2]
@@ -184,6 +189,7 @@ class ChatServer:
             self._listener.close()
             raise
         self.connections = Connections(self.limits)
+        self.allowances = Allowances(self.limits.rate_limit)
         self.broadcaster = Broadcaster(self.history)
         self.stopping = threading.Event()
         self._sessions = itertools.count(1)
@@ -269,7 +275,7 @@ class ChatServer:
         self._listener.close()
         self.broadcaster.stop()
         for client in self.clients:
-            client.dismiss()
+            client.turn_away(protocol.SHUTTING_DOWN)
         self.connections.end_all(socket.SHUT_WR)
         self.connections.end_all(socket.SHUT_RDWR)  # whoever did not close
         for thing in (self._waker, self.broadcaster, self.history):
@@ -321,16 +327,20 @@ class Connections:
             return list(self._all)
 
     def add(self, client: Client) -> None:
-        """Count a connection, and end the oldest that has no name if there are too many."""
+        """Count a connection, and turn one without a name away if there are too many.
+
+        It is the oldest from where most of them are: whoever comes in a crowd gives way
+        to the others, and not they to the crowd.
+        """
         with self._changed:
             self._all[client] = self._unnamed[client] = None
             self._addresses[client.address] += 1
             if len(self._unnamed) <= self.limits.max_unnamed:
                 return
-            oldest = next(iter(self._unnamed))
+            crowd = Counter(unnamed.address for unnamed in self._unnamed).most_common(1)[0][0]
+            oldest = next(one for one in self._unnamed if one.address == crowd)
             del self._unnamed[oldest]
-        log.info("%s closed: too many connections without a name", oldest)
-        oldest.end()
+        oldest.turn_away(protocol.TOO_MANY_UNNAMED)
 
     def remove(self, client: Client) -> None:
         """Close a connection; the last thing that happens to it."""
@@ -342,6 +352,16 @@ class Connections:
             if not self._addresses[client.address]:
                 del self._addresses[client.address]
             self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def aside(self, client: Client) -> Iterator[None]:
+        """Count a client as none without a name while it waits for something of ours."""
+        with self._changed:
+            self._check_address(client)
+            self._unnamed.pop(client, None)
+        yield
+        with self._changed:
+            self._unnamed[client] = None
 
     @contextlib.contextmanager
     def place(self, client: Client, broadcaster: Broadcaster, key: str) -> Iterator[None]:
@@ -371,6 +391,10 @@ class Connections:
         undecided = sum(other.session not in room.sessions for other in self._claiming)
         if len(room.stays) + undecided >= self.limits.max_clients:
             raise Farewell("the room is full", protocol.ROOM_FULL)
+        self._check_address(client)
+
+    def _check_address(self, client: Client) -> None:
+        assert self._is_locked()
         from_there = self._addresses[client.address]
         if from_there > self.limits.max_per_address and not _is_loopback(client.address):
             raise Farewell("too many connections from its address", protocol.ADDRESS_FULL)
@@ -384,6 +408,157 @@ class Connections:
 
     def _is_locked(self) -> bool:
         return self._changed._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+
+class Allowance:
+    """A right to so many things a second after a burst of them at once; rate 0 is no limit.
+
+    The own thing of who uses it up; another that goes on with it has a `successor`.
+    """
+
+    def __init__(self, rate: float, burst: int = BURST) -> None:
+        self.rate = rate
+        self.burst = burst
+        self._left = float(burst)
+        self._since = time.monotonic()
+
+    def draw(self, wanted: int) -> int:
+        """Return how many of what is wanted may pass now."""
+        if not self.rate:
+            return wanted
+        self._left, self._since = self._now(), time.monotonic()
+        drawn = min(wanted, int(self._left))
+        self._left -= drawn
+        return drawn
+
+    def delay(self) -> float:
+        """Return the seconds until one may pass."""
+        return max(0.0, (1 - self._left) / self.rate) if self.rate else 0.0
+
+    def is_full(self) -> bool:
+        """Tell whether it is as good as a new one."""
+        return not self.rate or self._now() >= self.burst
+
+    def successor(self) -> Allowance:
+        """Return one that goes on where this one is."""
+        other = Allowance(self.rate, self.burst)
+        other._left = self._now()
+        return other
+
+    def _now(self) -> float:
+        passed = time.monotonic() - self._since
+        return min(float(self.burst), self._left + passed * self.rate)
+
+
+class Allowances:
+    """What people and addresses have used up, over all their connections; under its lock.
+
+    Otherwise whoever comes anew would have a new allowance each time.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._of_stays: dict[int, Allowance] = {}
+        self._left: dict[str, list[Allowance]] = {}  # by address, of who is gone
+        self._joins: dict[str, Allowance] = {}  # by address
+        self._lock = threading.Lock()  # guards all of the above
+
+    def join(self, address: str) -> float:
+        """Count a join from an address; return the seconds until it may be."""
+        with self._lock:
+            self._joins = {a: joins for a, joins in self._joins.items() if not joins.is_full()}
+            joins = self._joins.setdefault(address, Allowance(JOINS * bool(self.rate), JOINS_BURST))
+            return 0.0 if joins.draw(1) else joins.delay()
+
+    def begin(self, stay: int, address: str) -> Allowance:
+        """Return the allowance of a stay: its own, or else the emptiest left at the address."""
+        with self._lock:
+            known = self._of_stays.get(stay)
+            if known is None:
+                left = [one for one in self._left.pop(address, []) if not one.is_full()]
+                left.sort(key=Allowance.delay)
+                known = left.pop() if left else Allowance(self.rate)
+                if left:
+                    self._left[address] = left
+            self._of_stays[stay] = known.successor()
+            return self._of_stays[stay]
+
+    def end(self, stay: int, address: str, allowance: Allowance) -> None:
+        """Keep an allowance whose connection ends, for the stay and for who comes from there."""
+        with self._lock:
+            if self._of_stays.get(stay) is not allowance:
+                return  # somebody goes on with it already
+            gone = [number for number, one in self._of_stays.items() if one.is_full()]
+            for number in gone:
+                del self._of_stays[number]
+            if not allowance.is_full():
+                self._left.setdefault(address, []).append(allowance)
+
+
+class Secret:
+    """A password, and how often it was guessed wrong from where; any thread, under its lock.
+
+    Checks for one address come one at a time, and the more wrong ones there were the
+    longer after each other; whoever has the key of somebody that passed is not slowed.
+    `password` may be replaced at any time; None is none.
+    """
+
+    def __init__(self, password: str | None) -> None:
+        self.password = password
+        self._wrong: dict[str, tuple[int, float]] = {}  # how many, and when the last was
+        self._free_at: dict[str, float] = {}  # when the next check may begin
+        self._waiting: Counter[str] = Counter()
+        self._passed: dict[str, float] = {}  # when somebody with this key last passed
+        self._lock = threading.Lock()  # guards all of the above but the password
+
+    def check(self, given: bytes, address: str, key: str, pause: Callable[[float], None]) -> bool:
+        """Compare a password when it is the turn of this address; tell whether it is right."""
+        is_right = None
+        seconds = self._begin(address, key)
+        try:
+            pause(seconds)
+            is_right = protocol.is_password(given, protocol.password_bytes(self.password or ""))
+            return is_right
+        finally:
+            self._end(address, key, is_right=is_right)
+
+    def _begin(self, address: str, key: str) -> float:
+        """Return the seconds until a check may be; raise `Farewell` when too many wait."""
+        now = time.monotonic()
+        with self._lock:
+            self._forget(now)
+            if key in self._passed or address not in self._wrong:
+                self._waiting[address] += 1
+                return 0.0
+            if self._waiting[address] >= MAX_GUESSING:
+                raise Farewell("too many passwords from its address", protocol.ADDRESS_FULL)
+            self._waiting[address] += 1
+            start = max(now, self._free_at.get(address, now))
+            self._free_at[address] = start + self._pace(address)
+            return start - now
+
+    def _end(self, address: str, key: str, *, is_right: bool | None) -> None:
+        """Count a check as done: right, wrong, or (None) given up."""
+        now = time.monotonic()
+        with self._lock:
+            self._waiting[address] -= 1
+            if is_right and key:
+                self._passed[key] = now
+            elif is_right is False:
+                self._wrong[address] = (self._wrong.get(address, (0, now))[0] + 1, now)
+                free_at = self._free_at.get(address, now)
+                self._free_at[address] = max(free_at, now + self._pace(address))
+
+    def _pace(self, address: str) -> float:
+        return min(MAX_DELAY, WRONG_DELAY * self._wrong[address][0])
+
+    def _forget(self, now: float) -> None:
+        for kept in (self._passed, self._free_at):
+            for old in [one for one, when in kept.items() if when + FORGIVEN <= now]:
+                del kept[old]
+        for old in [one for one, (_, when) in self._wrong.items() if when + FORGIVEN <= now]:
+            del self._wrong[old]
+        self._waiting = +self._waiting
 
 
 def network(host: str, own: str) -> str:
@@ -404,6 +579,19 @@ def _is_loopback(address: str) -> bool:
     return "/" not in address and ipaddress.ip_address(address).is_loopback
 
 
+def _hashed(key: str) -> str:
+    """Return what stands for a key in the room: nothing that opens a place; '' for none."""
+    return hashlib.sha256(key.lower().encode()).hexdigest() if key else ""
+
+
+def _hashed_key(line: bytes) -> str:
+    """Return the hash of the key in an introduction, if it is one and has a key."""
+    try:
+        return _hashed(protocol.introduction(protocol.decode(line)).key)
+    except Refusal:
+        return ""
+
+
 def _encoded(line: str, fmt: str = protocol.FORMAT) -> bytes:
     """Return a line as it is sent, of text that was checked when it came in."""
     return f"{line}\n".encode(fmt)
@@ -412,32 +600,8 @@ def _encoded(line: str, fmt: str = protocol.FORMAT) -> bytes:
 # --- A client's thread -------------------------------------------------------
 
 
-class Allowance:
-    """A client's right to send: `rate` lines a second after a burst; 0 is no limit."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self._tokens = float(BURST)
-        self._since = time.monotonic()
-
-    def draw(self, wanted: int) -> int:
-        """Return how many of `wanted` lines may pass now."""
-        if not self.rate:
-            return wanted
-        now = time.monotonic()
-        self._tokens = min(BURST, self._tokens + (now - self._since) * self.rate)
-        self._since = now
-        drawn = min(wanted, int(self._tokens))
-        self._tokens -= drawn
-        return drawn
-
-    def delay(self) -> float:
-        """Return the seconds until a line may pass."""
-        return max(0.0, (1 - self._tokens) / self.rate)
-
-
 class Client:
-    """One connection and its input; its own thread's, but for `end`, `dismiss` and `str`.
+    """One connection and its input; its own thread's, but for `end`, `turn_away` and `str`.
 
     `session` is the connection's number, under which its entries are handed in.
     """
@@ -448,13 +612,14 @@ class Client:
         self.server = server
         self.session = session
         self.connection = connection
-        self.host = host
-        self.port = port
-        self.address = network(host, connection.own_host())
+        self.peer = f"{host}:{port}"
+        self.address = network(host, connection.own_host())  # what counts as one
         self.name = ""
         self.output = Output(session, connection)  # the broadcaster's own, once we are in the room
         self.gate = self.output.gate
         self.wrong_passwords = 0  # given with /op
+        self._stay = 0  # the number of its stay
+        self._allowance = Allowance(0)
         self._prefix = b""  # of what it says
         self._framer = Framer()
         self._telnet = protocol.Telnet()
@@ -462,7 +627,7 @@ class Client:
         self._handed_in = 0  # the number of its last entry
 
     def __str__(self) -> str:
-        return f"{self.name or 'unnamed'} ({self.host}:{self.port})"
+        return f"{self.name or 'unnamed'} ({self.peer})"
 
     # From any thread.
 
@@ -471,11 +636,14 @@ class Client:
         self.gate.close()
         self.connection.shutdown(how)
 
-    def dismiss(self) -> None:
-        """Say goodbye to somebody at the door; who is in the room hears it there."""
-        if not self.name and self.output.until is None:
-            with contextlib.suppress(OSError):
-                self.connection.send(_encoded(protocol.SHUTTING_DOWN))
+    def turn_away(self, line: str) -> None:
+        """End somebody at the door with a line; who is in the room hears it there."""
+        if self.name or self.output.until is not None:
+            return
+        self.output.reason = line.removeprefix("-> ")
+        with contextlib.suppress(OSError):
+            self.connection.send(_encoded(line))
+        self.end()
 
     # At the door.
 
@@ -483,12 +651,12 @@ class Client:
         """Ask for a name, and for the password, until the client is in the room."""
         deadline = time.monotonic() + self.server.limits.name_deadline
         self._shake_hands(deadline)
-        is_trusted = self.server.password is None
+        is_trusted = self.server.password.password is None
         for _ in range(TRIES):
             self.connection.send(b"NICK\n")
             line = self._next_line(deadline)
             if not is_trusted:
-                self._ask_password(deadline)
+                self._ask_password(deadline, _hashed_key(line))
                 is_trusted = True
             try:
                 return self._claim(protocol.introduction(protocol.decode(line, self.server.fmt)))
@@ -504,17 +672,29 @@ class Client:
         except TimeoutError:
             raise Farewell("no TLS in time", protocol.WANTS_TLS) from None
 
-    def _ask_password(self, deadline: float) -> None:
-        right = self.server.password or b""
+    def _ask_password(self, deadline: float, key: str) -> None:
         for left in reversed(range(TRIES)):
             self.connection.send(b"PASS\n")
-            if protocol.is_password(self._next_line(deadline), right):
+            given = self._next_line(deadline)
+            with self.server.connections.aside(self):
+                asked = time.monotonic()
+                is_right = self._check(self.server.password, given, key)
+                deadline += time.monotonic() - asked  # our own waiting is not theirs
+            if is_right:
                 return
             log.warning("%s gave a wrong password", self)
             self.gate.pause(WRONG_DELAY)
             if left:
                 self.connection.send(_encoded(protocol.WRONG_PASSWORD))
         raise Farewell("no right password", protocol.NO_MORE_PASSWORDS)
+
+    def _check(self, secret: Secret, given: bytes, key: str) -> bool:
+        return secret.check(given, self.address, key, self.gate.pause)
+
+    def gives_op_password(self, given: str) -> bool:
+        """Tell whether this is the operators' password, when it is the turn of this address."""
+        key = str(self.session)  # of nobody who has passed
+        return self._check(self.server.op_password, protocol.password_bytes(given), key)
 
     def _next_line(self, deadline: float) -> bytes:
         """Return the next line of one that has not joined yet."""
@@ -547,10 +727,15 @@ class Client:
 
     def _claim(self, asked: Introduction) -> None:
         """Claim a name and a place in the room; raise `Refusal` or `Farewell`."""
-        key = hashlib.sha256(asked.key.lower().encode()).hexdigest() if asked.key else ""
-        claim = Claim(self.session, asked._replace(key=key), self.address, time.time())
-        with self.server.connections.place(self, self.server.broadcaster, key):
+        server, key = self.server, _hashed(asked.key)
+        with server.connections.place(self, server.broadcaster, key):
+            if key not in server.broadcaster.room.keys:
+                while delay := server.allowances.join(self.address):
+                    self.gate.pause(delay)
+            claim = Claim(self.session, asked._replace(key=key), self.address, time.time())
             stay, is_back = self._ask(claim, output=self.output)
+        self._allowance = server.allowances.begin(stay.number, self.address)
+        self._stay = stay.number
         self._be_called(stay.name)
         log.info("%s %s", self, "is back" if is_back else "joined")
 
@@ -561,14 +746,13 @@ class Client:
 
     def read(self) -> None:
         """Take what comes until the input ends, no faster than the client may speak."""
-        allowance = Allowance(self.server.limits.rate_limit)
         while True:
             while self._unread:
-                count = allowance.draw(len(self._unread))
+                count = self._allowance.draw(len(self._unread))
                 lines, self._unread = self._unread[:count], self._unread[count:]
                 self.hear(lines)
                 if self._unread:
-                    self.gate.pause(allowance.delay())
+                    self.gate.pause(self._allowance.delay())
             if self._framer.overrun:
                 raise Farewell("speaks no lines", protocol.UNFRAMED)
             data = self.connection.receive()
@@ -674,6 +858,7 @@ class Client:
     def part(self, farewell: Farewell) -> None:
         """Leave the room if in it, send the last line, and let the other end close first."""
         if self.name:
+            self.server.allowances.end(self._stay, self.address, self._allowance)
             self._leave(farewell)
         elif farewell.line:
             with contextlib.suppress(OSError):
@@ -919,10 +1104,6 @@ class Room:
     room can read it without a lock, since from then on it does not change.
     """
 
-    __slots__ = (
-        "bans", "deadline", "departed", "durable", "effects", "end", "fmt", "is_shared", "keeps",
-        "keys", "lines", "looks", "mail", "names", "sessions", "stays", "time",
-    )  # fmt: skip
     _SHARED = ("stays", "names", "looks", "keys", "sessions", "mail", "departed")
 
     def __init__(
@@ -954,8 +1135,7 @@ class Room:
         its authors, and nothing is announced.
         """
         draft = Room.__new__(Room)
-        for name in self.__slots__:
-            setattr(draft, name, getattr(self, name))
+        vars(draft).update(vars(self))
         draft.lines, draft.effects, draft.keeps, draft.is_shared = [], [], keeps, True
         return draft
 
@@ -999,10 +1179,7 @@ class Room:
         if (number := self.keys.get(claim.asked.key)) is not None:
             return self._take_over(self.stays[number], claim), True
         name = claim.asked.name
-        for ban in self.bans:
-            if ban.concerns(name, claim.address, self.time):
-                line = protocol.you_are_banned(ban.by, ban.until, ban.reason)
-                raise Farewell("banned", line)
+        self._check_bans(name, claim.address)
         self._check_name(name)
         present = self.present()
         shown = present[: protocol.WELCOME_NAMES]
@@ -1015,6 +1192,8 @@ class Room:
 
     def _take_over(self, stay: Stay, claim: Claim) -> Stay:
         """Give a place to who comes with its key, with no word to the room."""
+        if not stay.is_operator:
+            self._check_bans(stay.name, claim.address)
         if stay.session is not None:
             self.effects.append(End(stay.session, self.end, Ending.REPLACED, "replaced"))
             del self.sessions[stay.session]
@@ -1025,6 +1204,13 @@ class Room:
             greeting.append(protocol.now_named(stay.name))
         self._begin(claim, stay, greeting)
         return stay
+
+    def _check_bans(self, name: str, address: str) -> None:
+        """Raise `Farewell` for who is kept out."""
+        for ban in self.bans:
+            if ban.concerns(name, address, self.time):
+                line = protocol.you_are_banned(ban.by, ban.until, ban.reason)
+                raise Farewell("banned", line)
 
     def _check_name(self, name: str, own: Stay | None = None) -> None:
         """Raise `Refusal` for a name that somebody else has, or that looks like one."""
@@ -1644,7 +1830,8 @@ class Broadcaster:
                     self._serve_due()
                 self._offered = end
             self._serve_due()
-            self._end_stuck()
+            if self._parting:
+                self._end_stuck()
             self._log_said(start)
         finally:
             self._following = [o for o in self._following if not o.released]
@@ -1663,18 +1850,24 @@ class Broadcaster:
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
         if self.room.deadline <= time.time():
             batch.append(Handed(Passed(time.time())))
-        self._take_pages()
+        if self._pager.pages:
+            self._take_pages()
         if batch:
             room = self._applied(batch)
             self.room = room  # from here on others read it
-            claims = {handed.output.session: handed.output for handed in batch if handed.output}
-            for effect in room.effects:
-                self._carry_out(effect, claims)
-            for handed in batch:
-                if handed.reserved:
-                    handed.reserved.remove(1, handed.size)
+            if room.effects:
+                self._carry_out_all(room.effects, batch)
         if self._stop_at < math.inf and not self.log:
             self._say_goodbye()
+
+    def _carry_out_all(self, effects: list[Effect], batch: list[Handed]) -> None:
+        """Do for single clients what a round means for them."""
+        claims = {handed.output.session: handed.output for handed in batch if handed.output}
+        for effect in effects:
+            self._carry_out(effect, claims)
+        for handed in batch:
+            if handed.reserved:
+                handed.reserved.remove(1, handed.size)
 
     def _applied(self, batch: list[Handed]) -> Room:
         """Return the room as a batch leaves it, stored as far as it can be."""
@@ -2108,14 +2301,13 @@ OPERATORS_ONLY = frozenset({"kick", "ban", "unban", "bans"})
 
 @command("op")
 def _op(client: Client, argument: str) -> list[str] | None:
-    right = client.server.op_password
     if not argument:
         raise Usage
-    if right is None:
+    if client.server.op_password.password is None:
         return [protocol.NO_OPERATORS]
     if client.wrong_passwords >= TRIES:
         return [protocol.NO_MORE_OP_TRIES]
-    if not protocol.is_password(protocol.password_bytes(argument), right):
+    if not client.gives_op_password(argument):
         client.wrong_passwords += 1
         log.warning("%s gave a wrong operator password", client)
         client.gate.pause(WRONG_DELAY)
