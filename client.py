@@ -22,6 +22,12 @@ and a `Session`, which is one connection.  `ChatClient` has one of each.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - this is for who runs it with an older one
+    needed = "client.py: this needs Python 3.11 or newer, and is run by {}.{}"
+    sys.exit(needed.format(*sys.version_info))
+
 import _thread
 import abc
 import argparse
@@ -38,7 +44,6 @@ import selectors
 import signal
 import socket
 import ssl
-import sys
 import threading
 import time
 import unicodedata

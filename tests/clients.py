@@ -18,6 +18,7 @@ from pathlib import Path
 
 from chat import DEADLINE
 
+import protocol
 from client import ChatClient, Mark, Notice
 from protocol import Line
 
@@ -135,10 +136,15 @@ def greet(sock: socket.socket, *lines: bytes) -> None:
 
 
 def enter(sock: socket.socket) -> str:
-    """Let a client in and wait for its own /names; return its name."""
+    """Let a client in, or back in, and wait for its own /names; return its name."""
     sock.sendall(b"NICK\n")
-    name = read_line(sock).split()[0].decode()
-    sock.sendall(f"-> Welcome, {name}!\n-> at 1\n* {name} joined the chat\n".encode())
+    asked = protocol.introduction(read_line(sock).decode())
+    name = asked.name
+    if asked.position is None:
+        sock.sendall(f"-> Welcome, {name}!\n-> at 1\n* {name} joined the chat\n".encode())
+    else:
+        at = protocol.at(asked.position, asked.whispers)
+        sock.sendall(f"-> Welcome back, {name}!\n{at}\n".encode())
     while read_line(sock) != b"/names":
         pass
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import socket
@@ -165,7 +166,7 @@ def test_replay_without_end() -> None:
         assert process.stdout
         taken = 0
         while taken < 100_000_000:
-            taken += len(process.stdout.read1(1 << 20))
+            taken += len(os.read(process.stdout.fileno(), 1 << 20))
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
         process.kill()
     assert peak
