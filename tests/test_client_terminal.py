@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 import signal
 import socket
 import sys
-import termios
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import pytest
 from chat import DEADLINE, Peer, kick, no_leaks, run_chat
 from clients import ROOT, environment, greet, pretended, read_to_end
 from proxy import GHOST, Proxy
+from screens import CTRL_C, CTRL_D, KINDS, LEFT, UP, Open, assert_sane, enter, opener, prompts
 from terminal import Screen, Terminal
 
 from server import ChatServer
-
-pytest.importorskip("readline")
-
-UP, LEFT, CTRL_A, CTRL_C, CTRL_D, CTRL_E = "\x1b[A", "\x1b[D", "\x01", "\x03", "\x04", "\x05"
 
 
 @pytest.fixture(autouse=True)
@@ -33,76 +26,10 @@ def nothing_left() -> Iterator[None]:
         yield
 
 
-class Open(Protocol):
-    """Opens a client on a terminal."""
-
-    def __call__(
-        self, port: int, *options: str, rows: int = ..., columns: int = ..., **env: str
-    ) -> Terminal:
-        """Open one; without options it is alice's."""
-
-
-@pytest.fixture(params=["prompt_toolkit", "readline"])
+@pytest.fixture(params=KINDS)
 def opened(request: pytest.FixtureRequest) -> Open:
     """Open clients with prompt_toolkit, or without any package that is installed."""
-    if request.param == "prompt_toolkit" and not importlib.util.find_spec("prompt_toolkit"):
-        pytest.skip("prompt_toolkit is not installed")
-    bare = ["-S"] if request.param == "readline" else []
-
-    def open_one(
-        port: int, *options: str, rows: int = 14, columns: int = 60, **env: str
-    ) -> Terminal:
-        command = [sys.executable, *bare, str(ROOT / "client.py"), "--port", str(port)]
-        return Terminal(
-            [*command, *(options or ("--name", "alice"))],
-            rows,
-            columns,
-            env=environment(INPUTRC=os.devnull, **env),
-        )
-
-    return open_one
-
-
-def assert_sane(terminal: Terminal) -> None:
-    """See that a shell could go on in the terminal."""
-    wanted = termios.ECHO | termios.ICANON | termios.ISIG
-    assert terminal.termios()[3] & wanted == wanted, "the terminal is left raw"
-    assert terminal.screen.cursor_visible
-    assert not terminal.screen.bracketed_paste
-
-
-def prompts(typed: str, columns: int = 60, cursor: int | None = None) -> Prompts:
-    """Return a condition: the prompt stands there with a half-typed text, and the cursor in it."""
-    return Prompts("alice> " + typed, columns, cursor)
-
-
-class Prompts:
-    """The condition that a prompt stands on the screen, wrapped as it has to be, once."""
-
-    def __init__(self, text: str, columns: int, cursor: int | None) -> None:
-        self.rows = [text[at : at + columns] for at in range(0, len(text), columns)]
-        place = len(text) if cursor is None else len("alice> ") + cursor
-        self.cursor = divmod(place, columns)
-
-    def __call__(self, screen: Screen) -> bool:
-        """Tell whether it holds."""
-        starts = [row for row, line in enumerate(screen.lines) if line.startswith("alice>")]
-        if len(starts) != 1:
-            return False
-        [start] = starts
-        found = screen.lines[start : start + len(self.rows)]
-        place = (screen.cursor[0] - start, screen.cursor[1])
-        return found == [row.rstrip() for row in self.rows] and place == self.cursor
-
-    def __repr__(self) -> str:
-        return f"a prompt {self.rows} with the cursor at {self.cursor}"
-
-
-def enter(terminal: Terminal, peer: Peer) -> None:
-    """Wait until alice is in the room and can type."""
-    peer.expect_eventually("* alice joined the chat")
-    terminal.wait_for("* alice joined the chat")
-    terminal.wait_for(prompts("", terminal.screen.columns))
+    return opener(request.param)
 
 
 @pytest.fixture
