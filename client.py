@@ -51,7 +51,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 try:
     import termios
@@ -1407,6 +1407,10 @@ class Screen(abc.ABC):
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Return the answer to a question, not shown while it is typed if it is secret."""
 
+    def can_leave(self, frame: FrameType | None) -> bool:
+        """Tell whether an exception raised over this frame gets through to `read`."""
+        return True
+
     def leave(self) -> None:
         """Make `read` raise `Leave`; called by a signal's handler, in the main thread."""
         raise Leave
@@ -1642,6 +1646,7 @@ class ReadlineTerminal(Terminal):
         """Return the line that is typed next, and take it off the screen."""
         while True:
             self._take_terminal()
+            self.hush(quiet=False)
             self._reading = True
             try:
                 self._begin()
@@ -1664,6 +1669,7 @@ class ReadlineTerminal(Terminal):
                 raise
             finally:
                 self._reading = self._prompted = self._cleared = False
+                self.hush()  # what is typed now is shown with the next prompt
                 self._hear_signals()
                 self._show_waiting()
 
@@ -1674,8 +1680,10 @@ class ReadlineTerminal(Terminal):
         try:
             if secret:
                 return self._ask_secretly(question)
+            self.hush(quiet=False)
+            kept = self._readline.get_current_history_length() if self._readline else 0
             answer = input(question)
-            if self._readline and self._readline.get_current_history_length():
+            if self._readline and self._readline.get_current_history_length() > kept:
                 self._forget_last()
             return answer
         finally:
@@ -1701,6 +1709,17 @@ class ReadlineTerminal(Terminal):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         super().close()
 
+    def can_leave(self, frame: FrameType | None) -> bool:
+        """Tell whether no function that readline called runs: from there no exception gets out."""
+        ours = self._library.commands() if self._library else []
+        called = {self._on_prompt, self._complete, self._on_start, *ours}
+        codes = {function.__func__.__code__ for function in called}  # type: ignore[attr-defined]
+        while frame is not None:
+            if frame.f_code in codes:
+                return False
+            frame = frame.f_back
+        return True
+
     def leave(self) -> None:
         """Make `read` raise `Leave`."""
         self._ignore_signals()
@@ -1713,7 +1732,7 @@ class ReadlineTerminal(Terminal):
 
     def _hear_signals(self) -> None:
         if self._library:
-            signal.signal(signal.SIGUSR1, lambda number, frame: self._show_waiting())
+            signal.signal(signal.SIGUSR1, self._on_show)
             signal.signal(signal.SIGTSTP, self._on_stop)
             signal.signal(signal.SIGCONT, self._on_continue)
 
@@ -1728,8 +1747,7 @@ class ReadlineTerminal(Terminal):
         """Have Tab complete, and put a line that was refused back into the prompt."""
         if self._readline is None:
             return
-        line = self._take_back()
-        self._readline.set_startup_hook(lambda: self._readline.insert_text(line))
+        self._readline.set_startup_hook(self._on_start)
         self._readline.set_pre_input_hook(self._on_prompt)
         self._readline.set_completer(self._complete)
         self._readline.set_completer_delims(" ")
@@ -1740,6 +1758,9 @@ class ReadlineTerminal(Terminal):
             self._library.bind(self._prompt())
         elif not libedit:  # a paste whose end does not come could not be left
             self._readline.parse_and_bind("set enable-bracketed-paste off")
+
+    def _on_start(self) -> None:
+        self._readline.insert_text(self._take_back())
 
     def _on_prompt(self) -> None:
         self._prompted = True
@@ -1770,7 +1791,7 @@ class ReadlineTerminal(Terminal):
         self._showing = True
         try:
             if library:
-                library.hide(self._prompt())
+                library.hide()
             while self._waiting:
                 self._write(self._waiting[0] + "\n")
                 self._waiting.popleft()
@@ -1794,12 +1815,18 @@ class ReadlineTerminal(Terminal):
         if least == most:
             self._write(f"\x1b[{least}A\r\x1b[J")
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+    def _on_show(self, number: int, frame: FrameType | None) -> None:
+        if self.can_leave(frame):  # else readline is busy; it will be signalled again
+            self._show_waiting()
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self.can_leave(frame):
+            return _signal_again(number)
         self._cleared = False
         if self._reading and self._library and self._is_active():
             line = self._readline.get_line_buffer()
             self._cleared = bool(line) or not self.means_to_leave()
-            self._library.hide(self._prompt())
+            self._library.hide()
             if self._cleared and not line:
                 self._waiting.append(self._render(Notice(HOW_TO_LEAVE)))
         self._ignore_signals()
@@ -1807,8 +1834,9 @@ class ReadlineTerminal(Terminal):
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         """Stop as any program does, with the terminal as the shell wants it."""
+        self._showing = True
         if self._library and self._is_active():
-            self._library.hide(self._prompt())
+            self._library.hide()
             self._library.give_terminal_back()
         for stop in (signal.SIGTSTP, signal.SIGCONT):
             signal.signal(stop, signal.SIG_DFL)
@@ -1818,10 +1846,12 @@ class ReadlineTerminal(Terminal):
 
     def _on_continue(self, number: int, frame: FrameType | None) -> None:
         """Take the terminal again, once we have it."""
+        self._showing = True
         if self._library and self._prompted and in_foreground():
             self._library.take_terminal()
             self._write("\r\x1b[K")
             self._library.unhide(self._prompt())
+        self._showing = False
 
 
 class _Readline:
@@ -1858,6 +1888,10 @@ class _Readline:
             b"\x1b[201~": command(self._on_paste_end),
         }
 
+    def commands(self) -> list[Callable[[int, int], int]]:
+        """Return the functions that readline calls."""
+        return [self._on_enter, self._on_tab, self._on_paste, self._on_paste_end]
+
     def bind(self, prompt: str) -> None:
         """Make the keys ours, in the keymap that the user has chosen."""
         self._pasting, self._drawn = False, prompt
@@ -1868,7 +1902,7 @@ class _Readline:
         """Tell whether readline holds the terminal."""
         return bool(self._state.value & self.TERMPREPPED)
 
-    def hide(self, prompt: str) -> None:
+    def hide(self) -> None:
         """Take the prompt and the half-typed line off the screen, or go below them."""
         if self._is_sure():
             self._clear()
@@ -2017,6 +2051,7 @@ class ToolkitTerminal(Terminal):
 
     def _run(self, session: PromptSession[str], prompt: Any, **options: Any) -> str:
         self._take_terminal()
+        self.hush()
         with self._printed:
             self._prompting, self._scheduled = session, True  # by what runs before the prompt
         try:
@@ -2067,6 +2102,10 @@ class ToolkitTerminal(Terminal):
                 buffer = self._session.default_buffer
                 if self._session.app.is_running and not buffer.text:
                     buffer.insert_text(self._take_back())
+
+    def hush(self, *, quiet: bool = True) -> None:
+        """Have nothing that is typed appear between the prompts, which show it themselves."""
+        super().hush()
 
     def suspend(self) -> None:
         """Stop as Ctrl-Z does in any program, with the terminal as the shell wants it."""
@@ -2262,8 +2301,8 @@ def main(arguments: list[str] | None = None) -> int:
     screen = _screen(options)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), lambda number, frame: _leave(screen))
-    signal.signal(ENDED, lambda number, frame: _leave(screen))
+            signal.signal(getattr(signal, name), lambda number, frame: _leave(screen, frame))
+    signal.signal(ENDED, lambda number, frame: _leave(screen, frame))
     try:
         return _converse(screen, options)
     except (KeyboardInterrupt, OutputClosed):
@@ -2436,11 +2475,22 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     return context
 
 
-def _leave(screen: Screen) -> None:
+def _leave(screen: Screen, frame: FrameType | None) -> None:
     """Have the main thread leave, the first time that a signal says so."""
-    if not screen.leaving.is_set():
-        screen.leaving.set()
-        screen.leave()
+    if screen.leaving.is_set():
+        return None
+    if not screen.can_leave(frame):
+        return _signal_again(ENDED)
+    screen.leaving.set()
+    return screen.leave()
+
+
+def _signal_again(number: int) -> None:
+    """Have a signal come once more, in a moment."""
+    main = threading.main_thread().ident or 0
+    timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, number))
+    timer.daemon = True
+    timer.start()
 
 
 def _interrupt_main(screen: Screen) -> None:
