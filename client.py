@@ -476,6 +476,7 @@ class Session:
         self.progress = self.heard  # when a receipt last came, or a line was sent and none was due
         self.silence_told = 0.0  # the `heard` of the last silence that we spoke of
         self.waits_since: float | None = None  # the server said that the room is waiting
+        self.foreign: bool | None = None  # a line was of another format; False: it is told
         self._fmt = fmt
         self._connection = connection
         self._framer = Framer(protocol.MAX_SERVER_LINE)
@@ -512,6 +513,9 @@ class Session:
         return [self._line(line) for line in self._framer.feed(data or b"")]
 
     def _line(self, line: bytes) -> Heard:
+        if self.foreign is None and self._fmt == "ascii" and not line.isascii():
+            with contextlib.suppress(UnicodeDecodeError):
+                self.foreign = bool(line.decode("utf-8"))
         text = protocol.escape(line[: protocol.MAX_SERVER_LINE], self._fmt)
         return Heard(*protocol.parse(text))
 
@@ -906,6 +910,9 @@ class ChatClient:
                 self._hear_at_door(line, session)
             else:
                 self._hear(line, session)
+        if session.foreign:
+            session.foreign = False
+            self._show(Notice("the room has letters that ASCII has not; --format utf-8 shows them"))
 
     def _next_look(self) -> float | None:
         """Return when to look at the server even if nothing happens: soon, if something is due."""
@@ -1212,8 +1219,8 @@ INDENT = "    "  # before the rows of a line behind its first
 INVISIBLE = re.compile(r"\x1b\[[0-9;]*m|\a")  # what paints and rings
 # A run of these looks like nothing; ideographs without a blank can be broken anywhere.
 BLANKS = re.compile(r"([\s\u2800\u3164\u115f\u1160\uffa0]+)")
-# What has one column in every terminal; of all else the terminals have their own ideas.
-NARROW = re.compile(r"[\x20-\x7e\u0100-\u0148\u014a-\u017f\u0388-\u03ff\u0400-\u0482\u048a-\u052f]")
+# Alphabets that have one column in every terminal, unless it is one for East Asia.
+NARROW = re.compile(r"[\x20-\x7e\xa1-\u024f\u0370-\u0482\u048a-\u052f]")
 # What a name is a part of without being meant: an address, a path, another name.
 ADDRESS = re.compile(r"://|\w@\w|^www\.|\w\.\w+/")
 UTC = re.compile(r"\b(\d{4}-\d\d-\d\d \d\d:\d\d)Z")
@@ -1310,7 +1317,7 @@ def columns_of(text: str) -> Iterator[tuple[str, int, int]]:
         elif unicodedata.category(text[at + 1 : at + 2] or " ") in ("Mn", "Me", "Mc", "Cf"):
             yield character, 0, 2  # a sequence may be drawn as one character, of any width
         elif NARROW.match(character):
-            yield character, 1, 1
+            yield character, 1, 2 if unicodedata.east_asian_width(character) == "A" else 1
         elif category == "Lo" and unicodedata.east_asian_width(character) == "W":
             yield character, 2, 2
         else:
@@ -1326,6 +1333,8 @@ def wrap(text: str, columns: int) -> str:
     rows: list[str] = []
     row = ""
     for piece in BLANKS.split(text):
+        if BLANKS.fullmatch(piece) and row == INDENT:
+            continue
         if BLANKS.fullmatch(piece) and not fits(row + piece, columns):
             rows, row = [*rows, row], INDENT  # the blanks go with the break
         elif fits(row + piece, columns):

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from chat import DEADLINE, Peer, kick, no_leaks, run_chat
@@ -380,6 +381,34 @@ def test_prompt_stands_once(terminal: Terminal, bob: Peer) -> None:
         terminal.wait_for(f"bob: and again {number}")
         terminal.wait_for(prompts(""))
     assert "alice> alice>" not in terminal.screen.text()
+
+
+def test_answer_has_a_row_of_its_own(terminal: Terminal) -> None:
+    """An answer that comes just when the next prompt appears does not stand behind it."""
+    for number in range(40):
+        terminal.type("/bans\r")
+        terminal.wait_for(lambda s, n=number: s.text().count("only operators") > n)  # type: ignore[misc]
+    assert not re.search("alice> .*only operators", terminal.screen.text())
+
+
+@pytest.mark.parametrize("kind", ["readline"])
+def test_line_that_scrolls_sideways(
+    kind: str, server: ChatServer, bob: Peer, tmp_path: Path
+) -> None:
+    """Where readline keeps a long line on one row, Enter takes that row and no other."""
+    inputrc = tmp_path / "inputrc"
+    inputrc.write_text("set horizontal-scroll-mode on\n")
+    with opener(kind)(server.port, INPUTRC=str(inputrc)) as terminal:
+        enter(terminal, bob)
+        bob.send(*(f"news {number}." for number in range(5)))
+        terminal.wait_for("bob: news 4.")
+        terminal.type("word " * 40)
+        terminal.settle()
+        terminal.type("\r")
+        bob.expect_eventually("alice: " + "word " * 40)
+        terminal.wait_for("alice: word")
+        for number in range(5):
+            assert f"bob: news {number}." in terminal.screen.text().split("\n")
 
 
 def test_suspended_terminal_goes_on(terminal: Terminal, bob: Peer) -> None:
