@@ -71,7 +71,8 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
@@ -101,7 +102,7 @@ HELD = 15.0  # seconds that a place is kept for its key: longer than a change of
 MAIL_KEPT = 600.0  # seconds that private lines outlive the stay of who has not confirmed them
 MAIL_LINES = 1000  # private lines kept for a key
 MAIL_BYTES = 256 * 1024
-MAX_GONE = 1000  # people who left, of whom the address is known should they be banned
+MAX_GONE = 1000  # names that were left, for which an address is known should they be banned
 # In the broadcaster.
 SLICE = 100  # clients served, in a millisecond or so, before a round takes in what came meanwhile
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
@@ -109,13 +110,22 @@ REST = 0.25  # of a round's length is rested after it, ROUND at most, so that ot
 MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
 OUTBOX_LINES = 1000  # lines for one client alone that may wait
 OUTBOX_BYTES = 256 * 1024
+LONGEST_WAIT = 3600.0  # seconds; a selector takes no months, and a clock may be set back by years
 PARTING = 10.0  # seconds without progress until what is left for somebody who leaves is given up
+LOOK = 10.0  # seconds between two looks for peers that are dead
+STOP_WAIT = 1.0  # seconds at shutdown for a file that another program keeps locked
 STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
-STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
+STOP_CLOSE = 0.6  # seconds after that for the clients to close, and then for the threads
 # In the history.
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
 ROWS = 199  # lines inserted by a statement, five values each; older SQLites take 999 in all
 PAGE = 500  # lines read from the file at once for who is behind
+SEARCH_PAGE = 2000  # lines of the file that a search looks at in one step, 100 KB as people write
+SEARCH_REST = 0.0005  # seconds between two steps of a search, for all else
+SEARCH_LIMIT = 5.0  # seconds that somebody waits for a search
+LOCK_STEP = 0.020  # seconds between two looks whether a locked file is free
+TELL_WAITING = 2.0  # seconds that a file may be locked before people are told
+CLOSE_LIMIT = 1.0  # seconds for who is inside the file to come out at the end
 CHUNK = 1024  # lines given to a client at once: 50 KB as people write, 1.2 MB at the most
 MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
 # On the console.
@@ -131,6 +141,10 @@ class Gone(Exception):
 
 class Denied(Refusal):
     """What is refused is not a line, and the answer says no more than why."""
+
+
+class Unforeseen(Refusal):
+    """There was a fault in applying an entry; who waits for it is told by nobody else."""
 
 
 class Farewell(Exception):
@@ -181,19 +195,19 @@ class ChatServer:
         self.password = Secret(password)
         self.op_password = Secret(op_password)
         self.limits = Limits(**limits)  # type: ignore[arg-type]
-        self._listener = _listen_on(host, port)
-        self.host, self.port = self._listener.getsockname()[:2]
-        try:
+        with contextlib.ExitStack() as opened:  # closed again should something fail
+            self._listener = opened.enter_context(_listen_on(host, port))
+            self.host, self.port = self._listener.getsockname()[:2]
             self.history = History(fmt) if history is None else FileHistory(history, fmt)
-        except BaseException:
-            self._listener.close()
-            raise
+            opened.callback(self.history.close)
+            self.broadcaster = Broadcaster(self.history)
+            opened.callback(self.broadcaster.close)
+            self._waker = Waker()
+            opened.pop_all()
         self.connections = Connections(self.limits)
         self.allowances = Allowances(self.limits.rate_limit)
-        self.broadcaster = Broadcaster(self.history)
         self.stopping = threading.Event()
         self._sessions = itertools.count(1)
-        self._waker = Waker()
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
     def __enter__(self) -> ChatServer:
@@ -222,7 +236,8 @@ class ChatServer:
         """Start the broadcaster and let people in."""
         self.broadcaster.start()
         self._receiver.start()
-        log.info("listening on %s:%d", self.host, self.port)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        log.info("listening on %s:%d", host, self.port)
 
     def receive(self) -> None:
         """Accept connections until the server stops, whatever goes wrong.
@@ -238,9 +253,9 @@ class ChatServer:
                 try:
                     self._accept()
                     delay = 0.0
-                except BlockingIOError:
+                except (BlockingIOError, ConnectionError):
                     pass  # reset before we came, or the server stops
-                except (OSError, RuntimeError, MemoryError) as error:
+                except Exception as error:
                     if not delay:
                         log.error("cannot accept a connection: %s; trying again", error)
                     delay = min(1.0, delay * 2 or 0.010)
@@ -284,13 +299,16 @@ class ChatServer:
 
     def _accept(self) -> None:
         """Accept one connection and start its thread."""
-        sock, (host, port, *_) = self._listener.accept()
+        sock, address = self._listener.accept()
+        if address is None:  # macOS knows none of one that was reset
+            return sock.close()
+        host, port = protocol.escape(address[0].removeprefix("::ffff:")), address[1]
         try:
             connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
-            client = Client(self, next(self._sessions), connection, protocol.escape(host), port)
-        except BaseException:
-            sock.close()
-            raise
+            client = Client(self, next(self._sessions), connection, f"{host}:{port}")
+        except OSError as error:  # reset by now: its own affair
+            log.info("unnamed (%s:%d) left: %s", host, port, error)
+            return sock.close()
         self.connections.add(client)
         try:
             threading.Thread(target=self.handle, args=[client], daemon=True).start()
@@ -302,9 +320,11 @@ class ChatServer:
 
 
 def _listen_on(host: str, port: int) -> socket.socket:
-    """Return a listening socket, for IPv6 too."""
+    """Return a listening socket; one on all addresses of IPv6 takes in IPv4 too."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    listener = socket.create_server((host, port), family=found[0][0], backlog=BACKLOG)
+    family, *_, address = found[0]  # with the interface of a link-local one
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     listener.setblocking(False)
     return listener
 
@@ -500,16 +520,16 @@ class Secret:
 
     Checks for one address come one at a time, and the more wrong ones there were the
     longer after each other; whoever has the key of somebody that passed is not slowed.
-    `password` may be replaced at any time; None is none.
+    `text` may be replaced at any time; None is none.
     """
 
-    def __init__(self, password: str | None) -> None:
-        self.password = password
+    def __init__(self, text: str | None) -> None:
+        self.text = text
         self._wrong: dict[str, tuple[int, float]] = {}  # how many, and when the last was
         self._free_at: dict[str, float] = {}  # when the next check may begin
         self._waiting: Counter[str] = Counter()
         self._passed: dict[str, float] = {}  # when somebody with this key last passed
-        self._lock = threading.Lock()  # guards all of the above but the password
+        self._lock = threading.Lock()  # guards all of the above but the text
 
     def check(self, given: bytes, address: str, key: str, pause: Callable[[float], None]) -> bool:
         """Compare a password when it is the turn of this address; tell whether it is right."""
@@ -517,7 +537,7 @@ class Secret:
         seconds = self._begin(address, key)
         try:
             pause(seconds)
-            is_right = protocol.is_password(given, protocol.password_bytes(self.password or ""))
+            is_right = protocol.is_password(given, protocol.password_bytes(self.text or ""))
             return is_right
         finally:
             self._end(address, key, is_right=is_right)
@@ -606,14 +626,12 @@ class Client:
     `session` is the connection's number, under which its entries are handed in.
     """
 
-    def __init__(
-        self, server: ChatServer, session: int, connection: Connection, host: str, port: int
-    ) -> None:
+    def __init__(self, server: ChatServer, session: int, connection: Connection, peer: str) -> None:
         self.server = server
         self.session = session
         self.connection = connection
-        self.peer = f"{host}:{port}"
-        self.address = network(host, connection.own_host())  # what counts as one
+        self.peer = peer  # host:port
+        self.address = network(peer.rpartition(":")[0], connection.own_host())  # what counts as one
         self.name = ""
         self.output = Output(session, connection)  # the broadcaster's own, once we are in the room
         self.gate = self.output.gate
@@ -651,7 +669,7 @@ class Client:
         """Ask for a name, and for the password, until the client is in the room."""
         deadline = time.monotonic() + self.server.limits.name_deadline
         self._shake_hands(deadline)
-        is_trusted = self.server.password.password is None
+        is_trusted = self.server.password.text is None
         for _ in range(TRIES):
             self.connection.send(b"NICK\n")
             line = self._next_line(deadline)
@@ -668,7 +686,7 @@ class Client:
         try:
             self.connection.shake_hands(deadline)
         except ssl.SSLError as error:
-            raise Farewell(f"no TLS: {error.reason}", protocol.WANTS_TLS) from None
+            raise Farewell(f"no TLS: {error.reason or error}", protocol.WANTS_TLS) from None
         except TimeoutError:
             raise Farewell("no TLS in time", protocol.WANTS_TLS) from None
 
@@ -819,10 +837,14 @@ class Client:
 
     def rename(self, name: str) -> None:
         """Take another name, and go on when it is decided: what follows is said under it."""
-        with contextlib.suppress(Refusal):  # it was answered where it was refused
-            old = self.name
+        old = self.name
+        try:
             self._be_called(self._ask(Renamed(self.session, name)))
-            log.info("%s was %s", self, old)
+        except Unforeseen:
+            raise
+        except Refusal:
+            return  # it was answered where it was refused
+        log.info("%s was %s", self, old)
 
     def promote(self) -> None:
         """Become an operator, and go on when it is so: what follows may rely on it."""
@@ -1052,21 +1074,24 @@ class Mail(NamedTuple):
     lines: tuple[tuple[int, bytes], ...] = ()  # by position
     size: int = 0  # of them, in bytes
     kept_until: float = math.inf  # its owner has left
+    offered: int = 0  # of all that there ever were, those sent to a connection
 
-    def plus(self, position: int, line: bytes) -> Mail:
+    def plus(self, position: int, line: bytes, *, is_offered: bool) -> Mail:
         """Return it with one line more, and without the oldest where that is too much."""
         lines, size = (*self.lines, (position, line)), self.size + len(line)
         while len(lines) > MAIL_LINES or size > MAIL_BYTES:
             size -= len(lines[0][1])
             lines = lines[1:]
-        return Mail(self.total + 1, lines, size)
+        total = self.total + 1
+        return Mail(total, lines, size, offered=total if is_offered else self.offered)
 
     def without(self, had: int) -> Mail:
-        """Return it without the lines that its owner has had, of all that there ever were."""
+        """Return it for who comes back and has had so many of all that there ever were."""
         if had > self.total:  # they were counted before this room knew the key
-            return Mail(had)
+            return Mail(had, offered=had)
         lines = self.lines[max(0, len(self.lines) - (self.total - had)) :]
-        return Mail(self.total, lines, sum(len(line) for _, line in lines))
+        size = sum(len(line) for _, line in lines)
+        return Mail(self.total, lines, size, offered=self.total)
 
 
 class Ban(NamedTuple):
@@ -1113,7 +1138,6 @@ class Room:
         self.durable = durable  # what is stored outlives the server
         self.end = end  # the position of the next line
         self.time = 0.0  # the latest that an entry has brought
-        self.deadline = math.inf  # when something that is kept is not kept any more
         self.bans = tuple(bans)
         self.stays: dict[int, Stay] = {}  # by number, as they joined
         self.names: dict[str, int] = {}  # which stay has a name, folded
@@ -1121,7 +1145,8 @@ class Room:
         self.keys: dict[str, int] = {}
         self.sessions: dict[int, int] = {}
         self.mail: dict[str, Mail] = {}  # by key
-        self.departed: dict[str, str] = {}  # addresses of who left last, by folded name
+        self.departed: dict[str, str] = {}  # addresses of who had a name last, by folded name
+        self._set_deadline()
         # Of a draft alone: what the round makes, and whether its lines can be stored.
         self.lines: list[bytes] = []
         self.effects: list[Effect] = []
@@ -1146,9 +1171,7 @@ class Room:
         when the session does not count any more; the room is as it was then.
         """
         if self.is_shared and type(entry) not in self._CHANGES_NOTHING:
-            for name in self._SHARED:
-                setattr(self, name, getattr(self, name).copy())
-            self.is_shared = False
+            self._unshare()
         try:
             return self._VERBS[type(entry)](self, entry)
         except Denied as denied:
@@ -1157,6 +1180,35 @@ class Room:
         except Refusal as refusal:
             self._answer(entry.session, protocol.not_sent(refusal))
             raise
+
+    def do_without(self, entry: Any, before: Room, *, is_awaited: bool) -> None:
+        """Go on after a fault in an entry, `before` the round: who leaves is gone, others are told.
+
+        Who waits for what becomes of it is told by the thread that waits.
+        """
+        if isinstance(entry, (Left, Lost)):
+            self.effects.append(End(entry.session, self.end, Ending.LEFT))
+            if stay := self.by_session(entry.session) or before.by_session(entry.session):
+                self._strike(stay)
+        elif not is_awaited and not isinstance(entry, (Claim, Passed)):
+            for _ in entry.lines if isinstance(entry, Said) else [entry]:
+                self._answer(entry.session, protocol.not_sent(protocol.UNFORESEEN))
+
+    def _strike(self, stay: Stay) -> None:
+        """End a stay, wherever it may still stand after a fault."""
+        self._unshare()
+        self.stays.pop(stay.number, None)
+        for index in (self.names, self.looks, self.keys, self.sessions):
+            for key in [key for key, number in index.items() if number == stay.number]:
+                del index[key]  # type: ignore[arg-type]
+        self._announce(protocol.left(stay.name))
+
+    def _unshare(self) -> None:
+        """Have what entries change for the draft alone."""
+        if self.is_shared:
+            for name in self._SHARED:
+                setattr(self, name, getattr(self, name).copy())
+            self.is_shared = False
 
     # What others read.
 
@@ -1224,10 +1276,13 @@ class Room:
 
     def _begin(self, claim: Claim, stay: Stay, greeting: list[str]) -> None:
         """Have a session follow the room, from where it asked for."""
-        had, missed, mail = claim.asked.whispers, 0, Mail()
-        if had is not None:
-            mail = self.mail[stay.key] = self.mail.get(stay.key, mail).without(had)
-            missed = mail.total - had - len(mail.lines)
+        mail, had = self.mail.get(stay.key, Mail()), claim.asked.whispers
+        if had is None:  # it does not count: what came while it was away is new to it
+            had = mail.offered
+        mail = mail.without(had)
+        if mail.total:
+            self.mail[stay.key] = mail  # while it is here, without an end
+        missed = mail.total - had - len(mail.lines)
         begin = Begin(claim.session, self.end, claim.asked, greeting, missed, mail.lines)
         self.effects.append(begin)
 
@@ -1263,13 +1318,19 @@ class Room:
         del self.looks[protocol.look(stay.name)]
         self.keys.pop(stay.key, None)
         self.sessions.pop(stay.session or 0, None)
-        self.departed[protocol.fold(stay.name)] = stay.address
-        if len(self.departed) > MAX_GONE:
-            del self.departed[next(iter(self.departed))]
+        self._remember(stay)
         if mail := self.mail.get(stay.key):
             self.mail[stay.key] = mail._replace(kept_until=self.time + MAIL_KEPT)
             self._set_deadline()
         self._announce(line)
+
+    def _remember(self, stay: Stay) -> None:
+        """Know from where somebody was who has the name no more, should it be banned."""
+        name = protocol.fold(stay.name)
+        self.departed.pop(name, None)  # so that the oldest stands first
+        self.departed[name] = stay.address
+        if len(self.departed) > MAX_GONE:
+            del self.departed[next(iter(self.departed))]
 
     # Time.
 
@@ -1288,8 +1349,10 @@ class Room:
         self._set_deadline()
 
     def _set_deadline(self) -> None:
+        """Set when something ends of itself: a place or mail that is kept, or a ban."""
         kept: list[Stay | Mail] = [*self.stays.values(), *self.mail.values()]
-        self.deadline = min((one.kept_until for one in kept), default=math.inf)
+        ends = [ban.until for ban in self.bans if ban.until > self.time]
+        self.deadline = min([one.kept_until for one in kept] + ends, default=math.inf)
 
     # Talking.
 
@@ -1314,7 +1377,8 @@ class Room:
             self.effects.append(ToOne(other.session, position, data))
         if other.key:
             mail = self.mail.get(other.key, Mail())
-            self.mail[other.key] = mail.plus(position, data)
+            is_offered = other.session is not None
+            self.mail[other.key] = mail.plus(position, data, is_offered=is_offered)
         self.stays[other.number] = other._replace(correspondent=stay.number)
 
     def _renamed(self, renamed: Renamed) -> str:
@@ -1326,6 +1390,7 @@ class Room:
             raise Refusal(protocol.NOT_STORED)
         del self.names[protocol.fold(stay.name)], self.looks[protocol.look(stay.name)]
         self._enter(stay._replace(name=name))
+        self._remember(stay)
         self._answer(stay.session, protocol.now_named(name))
         self._announce(protocol.renamed(stay.name, name))
         return name
@@ -1362,6 +1427,7 @@ class Room:
             raise Refusal(protocol.OWN_BAN)
         kept = (old for old in self.bans if not old.is_over(self.time) and not old.is_of(ban.name))
         self.bans = (*kept, ban)
+        self._set_deadline()
         why = protocol.because_banned(ban.until, ban.reason)
         for stay in [*self.stays.values()]:
             if stay.number != by.number and ban.concerns(stay.name, stay.address, self.time):
@@ -1374,14 +1440,17 @@ class Room:
 
     def _ban(self, banned: Banned, by: Stay) -> Ban:
         """Return a ban with the address that it holds for: theirs now, as it was, or last."""
-        target = self.by_name(banned.name)
-        known = [target.address] if target else []
-        known += [old.address for old in self.bans if old.is_of(banned.name)]
-        known.append(self.departed.get(protocol.fold(banned.name), ""))
+        # Told by the clock of where it was given, and to hold by the room's.
+        until = banned.until and banned.until + (self.time - banned.time)
+        ban = Ban(banned.name, "", by.name, until, banned.reason)
+        present = self.stays.values()
+        known = [stay.address for stay in present if ban.concerns(stay.name, "", self.time)]
+        known += [old.address for old in self.bans if old.is_of(ban.name)]
+        known.append(self.departed.get(protocol.fold(ban.name), ""))
         address = next(filter(None, known), "")
         if address == by.address or (address and _is_loopback(address)):
             address = ""
-        return Ban(banned.name, address, by.name, banned.until, banned.reason)
+        return ban._replace(address=address)
 
     def _unbanned(self, unbanned: Unbanned) -> None:
         by = self._operator(unbanned)
@@ -1454,7 +1523,7 @@ class Outcome:
     __slots__ = ("_settled", "value")
 
     def __init__(self) -> None:
-        self.value: Any = Refusal(protocol.UNFORESEEN)  # should applying it fail
+        self.value: Any = Unforeseen(protocol.UNFORESEEN)  # should the round fail
         self._settled = threading.Event()
 
     def settle(self) -> None:
@@ -1736,9 +1805,11 @@ class Broadcaster:
         self._pager = Pager(history, self._waker)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._waker, selectors.EVENT_READ, None)
+        history.on_waiting = self._say_waiting
         self._following: list[Output] = []  # whom rounds serve: in the room, or parting
         self._due: set[Output] = set()  # whom the next round serves, new lines or not
         self._parting: set[Output] = set()  # who gets what was said before they left, and no more
+        self._claims: dict[int, Output] = {}  # by session, who asks for a place in this round
         self._outcomes: list[Outcome] = []  # to be settled when the round has ended
         # All before this position was offered to every client; while it is under the
         # history's end, a round is due.
@@ -1746,6 +1817,7 @@ class Broadcaster:
         self._keeps = True  # the last round was stored
         self._bans_kept = self.room.bans  # as the history has them
         self._stop_at = math.inf  # when delivering is given up
+        self._look_at = math.inf  # when to look for dead peers next
         self._thread = threading.Thread(target=self._run, name="broadcaster", daemon=True)
 
     def start(self) -> None:
@@ -1758,6 +1830,8 @@ class Broadcaster:
         self.log.close()
         self._stop_at = time.monotonic() + STOP_DELIVER
         self._waker.wake()
+        self._thread.join(STOP_WAIT)
+        self.history.give_up()
         self._thread.join()
         self._pager.stop()
 
@@ -1771,8 +1845,10 @@ class Broadcaster:
     def _run(self) -> None:
         """Go round until the room ends; nothing that fails in a round ends it."""
         next_round = 0.0
-        while not self._is_over():
+        while True:
             try:
+                if self._is_over():
+                    break
                 writable = self._wait()
                 # Lines that come during the pause share the round's one send per client.
                 if (pause := next_round - time.monotonic()) > 0:
@@ -1789,6 +1865,10 @@ class Broadcaster:
                     time.sleep(ROUND)
         for output in self._following:
             output.release()
+        for handed in self.log.take():  # no round will come to it
+            if handed.outcome is not None:
+                handed.outcome.value = Gone()
+                handed.outcome.settle()
 
     def _wait(self) -> list[Output]:
         """Wait until something happened; return those whose sockets have room again."""
@@ -1797,10 +1877,10 @@ class Broadcaster:
             timeout = 0.0
         else:
             now = time.monotonic()
-            ends = [self._stop_at, now + self.room.deadline - time.time()]
+            ends = [self._stop_at, self._look_at, now + self.room.deadline - time.time()]
             ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
-                timeout = max(0.0, first - now)
+                timeout = max(0.0, min(first - now, LONGEST_WAIT))
         return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
 
     def _is_over(self) -> bool:
@@ -1832,6 +1912,8 @@ class Broadcaster:
             self._serve_due()
             if self._parting:
                 self._end_stuck()
+            if self._look_at <= time.monotonic():
+                self._end_dead()
             self._log_said(start)
         finally:
             self._following = [o for o in self._following if not o.released]
@@ -1846,28 +1928,23 @@ class Broadcaster:
     def _apply_waiting(self) -> None:
         """Apply what was handed in, store its lines, and carry out what it means for each."""
         self._waker.clear()  # before taking, or what comes in between wakes nobody
-        batch = self.log.take()
-        self._outcomes += (handed.outcome for handed in batch if handed.outcome)
-        if self.room.deadline <= time.time():
-            batch.append(Handed(Passed(time.time())))
         if self._pager.pages:
             self._take_pages()
+        batch = self.log.take()
+        self._outcomes += (handed.outcome for handed in batch if handed.outcome)
+        self._claims = {handed.output.session: handed.output for handed in batch if handed.output}
+        if self.room.deadline <= time.time():
+            batch.append(Handed(Passed(time.time())))
         if batch:
             room = self._applied(batch)
             self.room = room  # from here on others read it
-            if room.effects:
-                self._carry_out_all(room.effects, batch)
+            for effect in room.effects:
+                self._carry_out(effect)
+            for handed in batch:
+                if handed.reserved:
+                    handed.reserved.remove(1, handed.size)
         if self._stop_at < math.inf and not self.log:
             self._say_goodbye()
-
-    def _carry_out_all(self, effects: list[Effect], batch: list[Handed]) -> None:
-        """Do for single clients what a round means for them."""
-        claims = {handed.output.session: handed.output for handed in batch if handed.output}
-        for effect in effects:
-            self._carry_out(effect, claims)
-        for handed in batch:
-            if handed.reserved:
-                handed.reserved.remove(1, handed.size)
 
     def _applied(self, batch: list[Handed]) -> Room:
         """Return the room as a batch leaves it, stored as far as it can be."""
@@ -1896,7 +1973,8 @@ class Broadcaster:
                 value = refusal
             except Exception:
                 log.exception("a fault in %s; the room goes on", type(handed.entry).__name__)
-                value = Refusal(protocol.UNFORESEEN)
+                value = Unforeseen(protocol.UNFORESEEN)
+                room.do_without(handed.entry, self.room, is_awaited=handed.outcome is not None)
             if handed.outcome is not None:
                 handed.outcome.value = value
         return room
@@ -1908,27 +1986,34 @@ class Broadcaster:
             self.history.append(room.lines, bans)
             self._bans_kept = room.bans
 
-    def _carry_out(self, effect: Effect, claims: dict[int, Output]) -> None:
-        """Do for one client what the room has decided."""
-        if isinstance(effect, Begin):
-            output: Output | None = claims[effect.session]
-            assert output is not None
-            self._begin(output, effect)
-        elif (output := self.outputs.get(effect.session)) is None:
+    def _carry_out(self, effect: Effect) -> None:
+        """Do for one client what the room has decided; a fault in it ends that client alone."""
+        known = self._claims if isinstance(effect, Begin) else self.outputs
+        output = known.get(effect.session)
+        if output is None:
             return
-        elif isinstance(effect, ToOne):
-            output.enqueue(effect.position, effect.line)
-        else:
-            self._end(output, effect)
+        try:
+            if isinstance(effect, Begin):
+                self._begin(output, effect)
+            elif isinstance(effect, ToOne):
+                output.enqueue(effect.position, effect.line)
+            else:
+                self._end(output, effect)
+        except Exception as error:
+            self._fail(output, error)
         if not output.watched or output.until is not None:
             self._due.add(output)
 
     def _begin(self, output: Output, begin: Begin) -> None:
         """Have an output follow the room from where it was asked for."""
+        self.outputs[output.session] = output
+        self._following.append(output)
         asked, end = begin.asked, begin.position
-        start = end - asked.last if asked.position is None else asked.position
-        if start > end:  # of another history: all that can be had at once
-            start = end - self.history.retained
+        # `end` is not the history's any more if the round went on.
+        if asked.position is None:
+            start = end - asked.last
+        else:
+            start = asked.position if asked.position <= end else end - self.history.retained
         output.position = start = min(max(start, self.history.oldest), end)
         lines = list(begin.greeting)
         if asked.wants_position:
@@ -1939,8 +2024,8 @@ class Broadcaster:
             output.enqueue(start, _encoded(line, self.history.fmt))
         for position, data in begin.mail:
             output.enqueue(min(position, end), data)
-        self.outputs[output.session] = output
-        self._following.append(output)
+        if self._look_at == math.inf:
+            self._look_at = time.monotonic() + LOOK
 
     def _end(self, output: Output, end: End) -> None:
         """Have an output get nothing from a position on."""
@@ -1960,14 +2045,29 @@ class Broadcaster:
     def _take_pages(self) -> None:
         """Give those who are behind what the pager has read for them."""
         while self._pager.pages:
-            output, lines, end = self._pager.pages.popleft()
+            output, start, lines = self._pager.pages.popleft()
             output.fetching = False
-            if lines:
+            if start > output.position:  # what is before it is not to be had
+                self._skip_to(output, start)
+            elif lines:
                 output.data = _block(lines)
                 output.position += len(lines)
-            else:  # it could not be read
-                self._skip_to(output, end)
             self._due.add(output)
+
+    def _say_waiting(self, waiting: bool) -> None:
+        """Tell people that the room waits for the disk, or goes on; from within a store."""
+        if self._stop_at < math.inf:
+            return
+        log.warning("the history's file is %s", "locked; the room waits" if waiting else "free")
+        line = _encoded(protocol.WAITING if waiting else protocol.GOES_ON)
+        for output in self.outputs.values():
+            output.enqueue(self.room.end, line)
+            self._due.add(output)
+        if waiting:
+            for output in self._claims.values():
+                with contextlib.suppress(OSError):  # nothing else is under way to them
+                    output.connection.send(_encoded(protocol.WAITING_AT_THE_DOOR))
+        self._serve_due()
 
     def _say_goodbye(self) -> None:
         """Tell everyone that the server ends, and end them behind it."""
@@ -2050,6 +2150,14 @@ class Broadcaster:
         for output in [output for output in self._parting if output.parts_at <= now]:
             self._release(output)
 
+    def _end_dead(self) -> None:
+        """End those whose peers acknowledge nothing any more; a suspended reader's does."""
+        for output in self._following:
+            if output.connection.is_dead():
+                output.reason = output.reason or "no acknowledgement came"
+                self._fail(output, TimeoutError())
+        self._look_at = time.monotonic() + LOOK if self._following else math.inf
+
     def _release(self, output: Output) -> None:
         """Let go of an output for good: its socket is its thread's to close."""
         with contextlib.suppress(Exception):
@@ -2129,7 +2237,7 @@ class Pager:
 
     def __init__(self, history: History, waker: Waker) -> None:
         self.history = history
-        self.pages: deque[tuple[Output, list[bytes], int]] = deque()  # read, for the broadcaster
+        self.pages: deque[tuple[Output, int, list[bytes]]] = deque()  # read, for the broadcaster
         self._waker = waker
         self._wanted: queue.SimpleQueue[tuple[Output, int, int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="pager", daemon=True)
@@ -2151,11 +2259,11 @@ class Pager:
         while (wanted := self._wanted.get()) is not None:
             output, position, end = wanted
             try:
-                lines = self.history.fetch(position, end)
+                start, lines = self.history.fetch(position, end)
             except Exception as error:
                 log.error("cannot read the history: %s", error)
-                lines = []
-            self.pages.append((output, lines, end))
+                start, lines = end, []
+            self.pages.append((output, start, lines))
             self._waker.wake()
 
 
@@ -2192,7 +2300,7 @@ def obey(client: Client, line: bytes) -> None:
         client.answer(protocol.usage(verb))
     except Refusal as refusal:
         client.answer(protocol.not_sent(refusal))
-    except sqlite3.Error as error:
+    except NotReadable as error:
         log.error("cannot read the history: %s", error)
         client.answer(protocol.UNREADABLE)
 
@@ -2284,8 +2392,14 @@ def _search(client: Client, argument: str) -> list[str]:
     if not argument:
         raise Usage
     client.settle()
-    found = client.server.history.last(protocol.REPLAY, argument)
-    return [protocol.recalled(*line) for line in found] or [protocol.nobody_said(argument)]
+    try:
+        found, limit = client.server.history.search(argument, protocol.REPLAY), ""
+    except TookTooLong as error:
+        found, limit = error.found, protocol.answer(str(error))
+    lines = [protocol.recalled(*line) for line in found]
+    if limit:
+        lines.append(limit)
+    return lines or [protocol.nobody_said(argument)]
 
 
 @command("quit")
@@ -2303,7 +2417,7 @@ OPERATORS_ONLY = frozenset({"kick", "ban", "unban", "bans"})
 def _op(client: Client, argument: str) -> list[str] | None:
     if not argument:
         raise Usage
-    if client.server.op_password.password is None:
+    if client.server.op_password.text is None:
         return [protocol.NO_OPERATORS]
     if client.wrong_passwords >= TRIES:
         return [protocol.NO_MORE_OP_TRIES]
@@ -2348,7 +2462,7 @@ def _bans(client: Client, argument: str) -> None:
     client.broadcast(Asked(client.session, "bans"))
 
 
-# --- Histories -----------------------------------------------------------------
+# --- Histories: memory, then file ---------------------------------------------
 
 
 class HistoryError(Exception):
@@ -2357,6 +2471,38 @@ class HistoryError(Exception):
 
 class NotStored(Exception):
     """The history's file takes no more; nothing of what was to be appended has a position."""
+
+
+class NotReadable(Exception):
+    """The history cannot be read, or not any more."""
+
+
+class TookTooLong(Exception):
+    """A search has reached its limit of time.
+
+    `found` is what it has found by then, as `search` returns it, and the text tells
+    how far back it has looked.
+    """
+
+    def __init__(self, found: list[Recalled], since: float | None) -> None:
+        super().__init__(protocol.searched_back_to(since))
+        self.found = found
+        self.since = since
+
+
+class Recalled(NamedTuple):
+    """A line of the history as /history and /search tell of it."""
+
+    time: float  # seconds since the epoch
+    line: str
+
+
+class SearchedPage(NamedTuple):
+    """What a search found in a few lines that stand together."""
+
+    start: int  # the position of the first of them
+    since: float  # when that was said
+    found: list[Recalled]  # the newest first
 
 
 def _block(lines: list[bytes]) -> bytes:
@@ -2370,6 +2516,10 @@ class History:
     Positions only grow.  The last `retained` lines can be read again.  The
     broadcaster appends; any thread reads.  Lines have no newline here; what `read`
     returns is to be sent, and has.
+
+    `on_waiting` is called in the broadcaster's thread, inside `append`: with True when
+    another program has kept a file locked for `TELL_WAITING` seconds, with False when
+    that wait is over.
     """
 
     durable = False  # `append` waits for the disk
@@ -2385,6 +2535,9 @@ class History:
         # Chunks as they are sent; what stands at a position never changes.
         self._joined = functools.lru_cache(retained // CHUNK + 2)(self._join)
         self._lock = threading.Lock()  # guards all of the above
+        self.on_waiting: Callable[[bool], None] = lambda waiting: None
+        self._searching = threading.Lock()  # held by the one search that runs
+        self._ending = threading.Event()  # nothing waits here any more
 
     @property
     def end(self) -> int:
@@ -2396,7 +2549,17 @@ class History:
         """The first position that can be had, if not by `read` then by `fetch`."""
         return self.first
 
-    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+    def start_for(self, position: int) -> int:
+        """Return where a reader starts that asks for all from `position` on.
+
+        A position beyond the end was given by another history, such as that of a room
+        whose clock was ahead: what this one holds is all new to such a reader.
+        """
+        if position > self.end:
+            return max(self.oldest, self.end - self.retained)
+        return max(self.oldest, position)
+
+    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Give lines their positions, and keep a changed list of bans; raise `NotStored`."""
         now = time.time()
         with self._lock:
@@ -2420,210 +2583,265 @@ class History:
             lines = self._lines[position - self.first : end - self.first]
         return _block(lines)
 
-    def fetch(self, position: int, end: int) -> list[bytes]:
-        """Return lines that are not in memory any more; it may take its time."""
-        return []
+    def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
+        """Return lines that are not in memory any more; it may take its time.
 
-    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
-        """Return the last `count` lines that have `word` in them, in any case, with their times."""
+        They begin at the position that is returned, at `position` if that line is still
+        there, and none is missing between them.  Without any, it is `end`.  Raise
+        `NotReadable`.
+        """
+        return end, []
+
+    def last(self, count: int) -> list[Recalled]:
+        """Return the last `count` lines, the newest last; raise `NotReadable`."""
         with self._lock:
-            lines, times = self._lines[:], self._times[:]
-        found: list[tuple[float, str]] = []
-        word = word.lower()
-        for when, line in zip(reversed(times), reversed(lines), strict=True):
-            text = line.decode(self.fmt)
-            # As in a file: in the name or in what was said, and not across both.
-            if word in text.lower() and any(
-                word in part.lower() for part in protocol.parts(text)[1:]
-            ):
-                found.append((when, text))
-                if len(found) == count:
-                    break
+            lines, times = self._lines[-count:], self._times[-count:]
+        return [Recalled(*row) for row in zip(times, self._decoded(lines), strict=True)]
+
+    def search(self, word: str, count: int) -> list[Recalled]:
+        """Return the last `count` lines that have `word` in them, in any case, the newest last.
+
+        It counts in a name or in what was said, not across both.  One search runs at a
+        time, and only searches wait for it; after `SEARCH_LIMIT` seconds, the wait
+        included, raise `TookTooLong`.  Raise `NotReadable` when the history ends.
+        """
+        deadline = time.monotonic() + SEARCH_LIMIT
+        if not self._searching.acquire(timeout=SEARCH_LIMIT):
+            raise TookTooLong([], None)
+        try:
+            return self._search_until(deadline, word.lower(), count)
+        finally:
+            self._searching.release()
+
+    def _search_until(self, deadline: float, word: str, count: int) -> list[Recalled]:
+        """Look for a lower-case word, page by page, from the newest line back."""
+        found: list[Recalled] = []
+        end, since = self.end, None  # so far back it has looked
+        while end > self.oldest and len(found) < count:
+            # Meanwhile whoever else wants the interpreter has it.
+            if self._ending.wait(SEARCH_REST):
+                raise NotReadable("the history ends")
+            if since is not None and time.monotonic() >= deadline:
+                raise TookTooLong(found[::-1], since)
+            page = self._search_before(end, word)
+            found += page.found[: count - len(found)]
+            end, since = page.start, page.since
         return found[::-1]
+
+    def _search_before(self, end: int, word: str) -> SearchedPage:
+        """Look for a lower-case word in the lines of one chunk before `end`, all at once."""
+        with self._lock:
+            start = max(self.first, (end - 1) // CHUNK * CHUNK)
+            lines = self._lines[start - self.first : max(0, end - self.first)]
+            times = self._times[start - self.first : max(0, end - self.first)]
+        since = times[0] if times else 0.0
+        if word not in _block(lines).decode(self.fmt).lower():
+            return SearchedPage(start, since, [])
+        rows = zip(reversed(times), self._decoded(reversed(lines)), strict=True)
+        return SearchedPage(start, since, [Recalled(*row) for row in rows if _has(row[1], word)])
+
+    def _decoded(self, lines: Iterable[bytes]) -> Iterator[str]:
+        return (line.decode(self.fmt) for line in lines)
 
     def bans(self) -> list[Ban]:
         """Return the bans that were kept."""
         return []
 
+    def give_up(self) -> None:
+        """Have nothing wait here any more: end all searches, and an `append` that waits.
+
+        For any thread, at any time.
+        """
+        self._ending.set()
+
     def close(self) -> None:
-        """End the history; nothing is appended any more."""
-        return
+        """End the history, within about a second; nothing is appended any more."""
+        self.give_up()
+
+
+def _has(line: str, word: str) -> bool:
+    """Tell whether a lower-case word is in the name or in the text of a line."""
+    return word in line.lower() and any(word in part.lower() for part in protocol.parts(line)[1:])
 
 
 class FileHistory(History):
     """A history that is in a file before anybody sees it, and goes on there after a restart.
 
-    One connection writes, in the broadcaster's thread alone, one reads for who is
-    behind, in the fetcher's, and one for questions; none holds up another.  Raise
+    The broadcaster's thread writes; who is behind, who asks for the last lines and who
+    searches each have a connection of their own, so none holds up another.  Raise
     `HistoryError` when the file cannot be used.
     """
 
     durable = True
-    APPLICATION = 0x43686174  # "Chat", in the file's header
-    VERSION = 1
-    SCHEMA = """
-        CREATE TABLE lines (
-            position INTEGER PRIMARY KEY,
-            time REAL NOT NULL,
-            kind TEXT NOT NULL,
-            name TEXT NOT NULL,
-            text TEXT NOT NULL
-        );
-        CREATE TABLE bans (
-            name TEXT NOT NULL, address TEXT NOT NULL, by TEXT NOT NULL,
-            until REAL NOT NULL, reason TEXT NOT NULL
-        );
-        CREATE TABLE room (format TEXT NOT NULL);
-    """
 
     def __init__(self, path: str, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
         super().__init__(fmt, retained)
-        self.path = path
-        self._held = _hold(path)  # until the end, so that no other server uses the file
-        try:
-            self._open()
-        except sqlite3.Error as error:
-            os.close(self._held)
-            raise HistoryError(f"cannot use {path}: {error}; choose another --history") from None
-        except HistoryError:
-            os.close(self._held)
-            raise
+        self._place = Place(path)
+        with contextlib.ExitStack() as opened:  # closed again should something fail
+            opened.callback(self._place.leave)
+            try:
+                self._open(opened)
+                self.bans()
+            except (sqlite3.Error, OSError, NotReadable) as error:
+                remedy = "choose another --history"
+                raise HistoryError(f"cannot use {self._place.path}: {error}; {remedy}") from None
+            opened.pop_all()
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        """Look at the file, then open it once for each kind of work."""
+        first, last = _check_file(self._place, self.fmt)
+        self._writer = Writer(
+            self._place, self.fmt, self._ending, lambda waiting: self.on_waiting(waiting)
+        )
+        opened.callback(self._writer.close, 0.0)
+        self._pager, self._questions, self._searches = readers = [
+            Access(_read_only(self._place.path)) for _ in range(3)
+        ]
+        for reader in readers:
+            opened.callback(reader.close, 0.0)
+        self._place.settle()
+        if last is not None:
+            self.first = last + 1
+        self._oldest = self.first if first is None else first
 
     @property
     def oldest(self) -> int:
         """The first position in the file."""
         return self._oldest
 
-    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Commit lines to the file, then give them their positions."""
-        if not lines and bans is None:
-            return
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            self._insert(lines)
-            if bans is not None:
-                self._writer.execute("DELETE FROM bans")
-                self._writer.executemany(
-                    "INSERT INTO bans VALUES (?, ?, ?, ?, ?)",
-                    [(ban.name, ban.address, ban.by, ban.until, ban.reason) for ban in bans],
-                )
-            self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                self._writer.rollback()
-            raise NotStored(str(error)) from error
-        super().append(lines)
+        if lines or bans is not None:
+            self._writer.store(self.end, lines, bans)
+            super().append(lines)
 
-    def fetch(self, position: int, end: int) -> list[bytes]:
-        """Return at most `PAGE` lines from `position` up to `end` from the file."""
-        rows = self._pager.execute(
-            "SELECT kind, name, text FROM lines WHERE position >= ? AND position < ?"
-            " ORDER BY position LIMIT ?",
+    def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
+        """Return at most `PAGE` lines from the file, up to one that is missing there."""
+        rows = self._pager.rows(
+            "SELECT position, time, kind, name, text FROM lines"
+            " WHERE position >= ? AND position < ? ORDER BY position LIMIT ?",
             (position, end, PAGE),
-        ).fetchall()
-        return [_line(*row).encode(self.fmt) for row in rows]
+        )
+        kept = {place: line.line.encode(self.fmt) for place, line in self._sound(rows)}
+        if not kept:
+            return (rows[-1][0] + 1 if rows else end), []
+        start = min(kept)
+        whole = itertools.takewhile(kept.__contains__, itertools.count(start))
+        return start, [kept[place] for place in whole]
 
-    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
-        """Return the last `count` lines that have `word` in them, of all that was ever said."""
-        pattern = "%" + re.sub(r"([%_\\])", r"\\\1", word.lower()) + "%"
-        said = "text" if word.isascii() else "lower_all(text)"  # LIKE knows ASCII's cases alone
-        with self._reading:
-            rows = self._reader.execute(
-                "SELECT time, kind, name, text FROM lines WHERE :word = '%%'"
-                rf" OR {said} LIKE :word ESCAPE '\' OR name LIKE :word ESCAPE '\'"
-                " ORDER BY position DESC LIMIT :count",
-                {"word": pattern, "count": count},
-            ).fetchall()
-        return [(when, _line(*row)) for when, *row in reversed(rows)]
+    def last(self, count: int) -> list[Recalled]:
+        """Return the last `count` lines of all that was ever said."""
+        rows = self._questions.rows(
+            "SELECT position, time, kind, name, text FROM lines ORDER BY position DESC LIMIT ?",
+            (count,),
+        )
+        return [line for _, line in self._sound(reversed(rows))]
+
+    def _search_before(self, end: int, word: str) -> SearchedPage:
+        """Look for a lower-case word in one page of the file before `end`, all at once.
+
+        A LIKE of SQLite takes minutes for some words, and any statement over the whole
+        file keeps its log from being taken over.
+        """
+        [[start, since, block]] = self._searches.rows(
+            "SELECT min(position), min(time), group_concat(name || char(10) || text, char(10))"
+            " FROM (SELECT position, time, name, text FROM lines"
+            " WHERE position < ? ORDER BY position DESC LIMIT ?)",
+            (end, SEARCH_PAGE),
+        )
+        if start is None:
+            return SearchedPage(self.oldest, 0.0, [])
+        if word not in block.lower():
+            return SearchedPage(start, since, [])
+        rows = self._searches.rows(
+            "SELECT position, time, kind, name, text FROM lines"
+            " WHERE position >= ? AND position < ? ORDER BY position DESC",
+            (start, end),
+        )
+        rows = [row for row in rows if word in f"{row[3]}\n{row[4]}".lower()]
+        return SearchedPage(start, since, [line for _, line in self._sound(rows)])
+
+    def _sound(self, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Recalled]]:
+        """Give the positions and the lines of those rows that a server wrote: not the damaged."""
+        for position, when, kind, name, text in rows:
+            with contextlib.suppress(ValueError, TypeError):
+                line = str(Line(Kind(kind), name, text))
+                line.encode(self.fmt)
+                if 0 <= when < MAX_TIME and not CONTROL.search(line):
+                    yield position, Recalled(when, line)
 
     def bans(self) -> list[Ban]:
         """Return the bans that the file has."""
-        with self._reading:
-            return [Ban(*row) for row in self._reader.execute("SELECT * FROM bans")]
+        rows = self._questions.rows("SELECT name, address, by, until, reason FROM bans")
+        return [Ban(*row) for row in rows]
 
     def close(self) -> None:
-        """Close the file and let another server have it."""
-        for connection in (self._pager, self._reader, self._writer):
-            connection.close()
-        os.close(self._held)
+        """Close the file, whole in itself, and let another server have it."""
+        super().close()
+        deadline = time.monotonic() + CLOSE_LIMIT
+        # Readers first: the last to close removes the log, and a reader cannot.  SQLite sees
+        # itself whether the file was moved, and then leaves alone what has the log's name.
+        for access in (self._pager, self._questions, self._searches, self._writer):
+            access.close(deadline)
+        self._place.leave()
 
-    def _open(self) -> None:
-        uri = pathlib.Path(self.path).absolute().as_uri()
-        is_new = os.fstat(self._held).st_size == 0
-        if not is_new:
-            # Looked at without a right to write: what is not ours stays as it is.
-            with contextlib.closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as database:
-                is_new = self._is_empty(database)
-                if not is_new:
-                    self._check(database)
-        self._writer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        self._writer.execute("PRAGMA journal_mode=WAL")
-        self._writer.execute("PRAGMA synchronous=FULL")
-        if is_new:
-            self._create()
-        self._writer.execute("UPDATE room SET format = ?", (self.fmt,))
-        self._reader = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
-        self._reader.create_function("lower_all", 1, str.lower, deterministic=True)
-        self._reading = threading.Lock()  # guards the reader: one question at a time
-        self._pager = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
-        first, last = self._reader.execute(
-            "SELECT min(position), max(position) FROM lines"
-        ).fetchone()
-        self.first = self.first if last is None else last + 1
-        self._oldest = self.first if first is None else first
 
-    def _is_empty(self, database: sqlite3.Connection) -> bool:
-        """Tell whether a server ended here before it had made a history."""
-        os.lseek(self._held, 0, os.SEEK_SET)
-        if os.read(self._held, 16) != b"SQLite format 3\0":
-            return False
-        with contextlib.suppress(sqlite3.DatabaseError):
-            tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            return not tables and not database.execute("PRAGMA application_id").fetchone()[0]
-        return False
+class Place:
+    """The history's file and the log beside it: ours alone, and still where they were.
 
-    def _check(self, database: sqlite3.Connection) -> None:
-        """Raise `HistoryError` unless a file is whole and this version can go on with it."""
+    SQLite writes on into a file that was moved or removed, and nobody will find there
+    what was said; a lock alone stays with the file, so it would let a second server
+    begin on a copy.  Made and left by who owns the history; the broadcaster looks.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        real = os.path.realpath(path)  # where SQLite puts what belongs to the file
+        self._log, self._index = f"{real}-wal", f"{real}-shm"
+        self._held = [_hold(self.path)]
+        self._files: dict[str, tuple[int, int]] = {}  # device and inode of each by its name
         try:
-            application, version = (
-                database.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("application_id", "user_version")
-            )
-            faults = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-        except sqlite3.DatabaseError as error:
-            faults = str(error)
-            application = version = 0
-        if faults != "ok":
-            raise HistoryError(f"{self.path} is damaged or no history: {faults.splitlines()[0]}")
-        if application != self.APPLICATION:
-            raise HistoryError(f"{self.path} is the file of another program; choose another")
-        if version > self.VERSION:
-            raise HistoryError(f"{self.path} was written by a newer version; use that one")
-        fmt = database.execute("SELECT format FROM room").fetchone()[0]
-        if fmt != self.fmt and self.fmt == protocol.FORMAT:
-            raise HistoryError(f"{self.path} is in {fmt}; start with --format {fmt}")
+            if os.path.exists(self._log):  # a server runs, if on another file, or was killed
+                os.close(_hold(self._log))
+        except BaseException:
+            self.leave()
+            raise
 
-    def _create(self) -> None:
-        self._writer.executescript(
-            f"BEGIN; PRAGMA application_id={self.APPLICATION};"
-            f" PRAGMA user_version={self.VERSION}; {self.SCHEMA}"
-            f" INSERT INTO room VALUES ('{self.fmt}'); COMMIT;"
-        )
+    def head(self) -> bytes:
+        """Return the first bytes of the file, by which it is known."""
+        os.lseek(self._held[0], 0, os.SEEK_SET)
+        return os.read(self._held[0], len(MAGIC))
 
-    def _insert(self, lines: list[bytes]) -> None:
-        """Insert lines many at a time: each statement releases the interpreter's lock once."""
-        now = time.time()
-        for first in range(0, len(lines), ROWS):
-            some = lines[first : first + ROWS]
-            values: list[int | float | str] = []
-            for position, line in enumerate(some, self.end + first):
-                values += (position, now, *protocol.parts(line.decode(self.fmt)))
-            rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
-            self._writer.execute(f"INSERT INTO lines VALUES {rows}", values)
+    def settle(self) -> None:
+        """Hold the log too, now that SQLite has made it, and remember which files they are."""
+        self._held.append(_hold(self._log))
+        for path, held in zip((self.path, self._log), self._held, strict=True):
+            self._files[path] = _identity(os.fstat(held))
+        self._files[self._index] = _identity(os.stat(self._index))
+        try:
+            self.check()
+        except NotStored as error:
+            raise HistoryError(str(error)) from None
 
+    def check(self) -> None:
+        """Raise `NotStored` when one of the files is not in its place."""
+        for path, identity in self._files.items():
+            try:
+                found = _identity(os.stat(path))
+            except FileNotFoundError:
+                raise NotStored(f"{path} was moved or removed; put it back") from None
+            except OSError as error:
+                raise NotStored(f"{path} is out of reach: {error.strerror}") from None
+            if found != identity:
+                raise NotStored(f"{path} was replaced by another; put it back")
 
-def _line(kind: str, name: str, text: str) -> str:
-    return str(Line(Kind(kind), name, text))
+    def leave(self) -> None:
+        """Let another server have the file; the last that happens to it.
+
+        Closing a descriptor of a file lets go of SQLite's own locks on it.
+        """
+        for held in self._held:
+            os.close(held)
 
 
 def _hold(path: str) -> int:
@@ -2643,47 +2861,279 @@ def _hold(path: str) -> int:
     return held
 
 
+def _identity(file: os.stat_result) -> tuple[int, int]:
+    return file.st_dev, file.st_ino
+
+
+class Access:
+    """A connection to the file, for one thread at a time.
+
+    Closing one while a thread is inside crashes the interpreter, so `close` interrupts
+    who is inside and waits; it rather leaves a connection open.
+    """
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self._lock = threading.Lock()  # held by who is inside
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection to one thread; a closed one raises `sqlite3.Error`."""
+        with self._lock:
+            yield self._database
+
+    def rows(self, statement: str, values: Sequence[int] = ()) -> list[tuple[Any, ...]]:
+        """Return all rows that a statement gives; raise `NotReadable`."""
+        try:
+            with self.inside() as database:
+                return database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise NotReadable(str(error)) from error
+
+    def close(self, deadline: float, last: str = "") -> None:
+        """End what runs, execute a last statement and close; nobody gets inside any more."""
+        while not self._lock.acquire(timeout=LOCK_STEP):
+            self._database.interrupt()
+            if time.monotonic() >= deadline:
+                log.error("the history's disk does not answer; its file is left open")
+                return
+        try:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute(last)
+            self._database.close()
+        finally:
+            self._lock.release()
+
+
+class Writer:
+    """Puts the room's lines into the file; the broadcaster's thread alone stores."""
+
+    def __init__(
+        self, place: Place, fmt: str, ending: threading.Event, on_waiting: Callable[[bool], None]
+    ) -> None:
+        database = sqlite3.connect(
+            place.path, timeout=1, isolation_level=None, check_same_thread=False
+        )
+        try:
+            _prepare(database, fmt)
+        except BaseException:
+            database.close()
+            raise
+        self._access = Access(database)
+        self._place = place
+        self._fmt = fmt
+        self._ending = ending  # no wait for other programs any more
+        self._on_waiting = on_waiting
+
+    def store(self, position: int, lines: list[bytes], bans: Sequence[Ban] | None) -> None:
+        """Commit lines from `position` on, and a changed list of bans; raise `NotStored`."""
+        self._place.check()
+        try:
+            with self._access.inside() as database:
+                try:
+                    self._begin(database)
+                    self._insert(database, position, lines)
+                    if bans is not None:
+                        database.execute("DELETE FROM bans")
+                        database.executemany("INSERT INTO bans VALUES (?, ?, ?, ?, ?)", bans)
+                    database.execute("COMMIT")
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):
+                        database.rollback()
+                    raise
+                self._confirm(database, position)
+        except sqlite3.Error as error:
+            raise NotStored(str(error)) from error
+
+    def _begin(self, database: sqlite3.Connection) -> None:
+        """Begin to write, however long another program keeps the file locked.
+
+        SQLite's own wait could neither be told of nor ended.
+        """
+        since, told = time.monotonic(), False
+        try:
+            while not _begins(database):
+                if self._ending.wait(LOCK_STEP):
+                    raise NotStored("another program keeps the file locked")
+                self._place.check()
+                if not told and time.monotonic() - since >= TELL_WAITING:
+                    told = True
+                    self._on_waiting(True)
+        finally:
+            if told:
+                self._on_waiting(False)
+
+    def _insert(self, database: sqlite3.Connection, position: int, lines: list[bytes]) -> None:
+        """Insert lines many at a time: each statement releases the interpreter's lock once."""
+        now = time.time()
+        for first in range(0, len(lines), ROWS):
+            some = lines[first : first + ROWS]
+            values: list[int | float | str] = []
+            for place, line in enumerate(some, position + first):
+                values += (place, now, *protocol.parts(line.decode(self._fmt)))
+            rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
+            database.execute(f"INSERT INTO lines VALUES {rows}", values)
+
+    def _confirm(self, database: sqlite3.Connection, position: int) -> None:
+        """See that the file was in its place until the commit, or take the lines out again.
+
+        Refused to their authors, they must not be there when the file is put back.
+        """
+        try:
+            self._place.check()
+        except NotStored:
+            with contextlib.suppress(sqlite3.Error):
+                database.execute("DELETE FROM lines WHERE position >= ?", (position,))
+            raise
+
+    def close(self, deadline: float) -> None:
+        """Take the log over into the file, also if another program has it open, and close."""
+        self._access.close(deadline, "PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _begins(database: sqlite3.Connection) -> bool:
+    """Begin to write, or tell that another program does."""
+    try:
+        database.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return False
+    return True
+
+
+# What stands in the file.
+
+MAGIC = b"SQLite format 3\0"
+APPLICATION = 0x43686174  # "Chat", in the file's header
+VERSION = 1
+MAX_TIME = 2**35  # seconds, some thousand years: what a clock may say and `gmtime` takes
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # stands in no line of a room
+SCHEMA = """
+    CREATE TABLE lines (
+        position INTEGER PRIMARY KEY,
+        time REAL NOT NULL,
+        kind TEXT NOT NULL,
+        name TEXT NOT NULL,
+        text TEXT NOT NULL
+    );
+    CREATE TABLE bans (
+        name TEXT NOT NULL, address TEXT NOT NULL, by TEXT NOT NULL,
+        until REAL NOT NULL, reason TEXT NOT NULL
+    );
+    CREATE TABLE room (format TEXT NOT NULL);
+"""
+
+
+def _read_only(path: str) -> sqlite3.Connection:
+    uri = pathlib.Path(path).as_uri()
+    return sqlite3.connect(f"{uri}?mode=ro", timeout=1, uri=True, check_same_thread=False)
+
+
+def _check_file(place: Place, fmt: str) -> tuple[int | None, int | None]:
+    """Return the first and the last position in a file, if it has any.
+
+    Raise `HistoryError` unless this version can go on with it.  It is looked at without
+    a right to write, so that what is not ours stays as it is, and at its ends alone, so
+    that a large file takes no longer than a small one.
+    """
+    head = place.head()
+    if not head:
+        return None, None
+    with contextlib.closing(_read_only(place.path)) as database:
+        try:
+            if head == MAGIC and _is_unfinished(database):
+                return None, None
+            _check_header(place.path, database, fmt)
+            for table in ("lines", "bans"):
+                database.execute(f"SELECT * FROM {table} ORDER BY rowid DESC LIMIT 100").fetchall()
+            # Both in one SELECT would look at every line.
+            ends = "SELECT (SELECT min(position) FROM lines), (SELECT max(position) FROM lines)"
+            first, last = database.execute(ends).fetchone()
+        except sqlite3.OperationalError:
+            raise  # locked, or out of reach
+        except sqlite3.DatabaseError as error:
+            raise HistoryError(f"{place.path} is damaged or no history: {error}") from None
+    return first, last
+
+
+def _is_unfinished(database: sqlite3.Connection) -> bool:
+    """Tell whether a server ended here before it had made a history."""
+    tables, application = database.execute(
+        "SELECT (SELECT count(*) FROM sqlite_master), application_id FROM pragma_application_id"
+    ).fetchone()
+    return not tables and not application
+
+
+def _check_header(path: str, database: sqlite3.Connection, fmt: str) -> None:
+    application, version = database.execute(
+        "SELECT application_id, user_version FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    if application != APPLICATION:
+        raise HistoryError(f"{path} is the file of another program; choose another")
+    if version > VERSION:
+        raise HistoryError(f"{path} was written by a newer version; use that one")
+    formats = [row[0] for row in database.execute("SELECT format FROM room")]
+    if len(formats) != 1 or formats[0] not in protocol.FORMATS:
+        raise HistoryError(f"{path} is damaged: it does not tell its format")
+    if formats[0] != fmt and fmt == protocol.FORMAT:
+        raise HistoryError(f"{path} is in {formats[0]}; start with --format {formats[0]}")
+
+
+def _prepare(database: sqlite3.Connection, fmt: str) -> None:
+    """Make a file that was checked ready to be written to."""
+    if database.execute("PRAGMA journal_mode=WAL").fetchone() != ("wal",):
+        raise sqlite3.OperationalError("its disk cannot keep a log beside it")
+    database.execute("PRAGMA synchronous=FULL")
+    if not database.execute("PRAGMA application_id").fetchone()[0]:
+        database.executescript(
+            f"BEGIN; PRAGMA application_id={APPLICATION}; PRAGMA user_version={VERSION};"
+            f" {SCHEMA} INSERT INTO room VALUES ('{fmt}'); COMMIT;"
+        )
+    if database.execute("SELECT format FROM room").fetchone() != (fmt,):
+        database.execute("UPDATE room SET format = ?", (fmt,))
+    database.execute("PRAGMA busy_timeout=0")  # the waiting is ours from here on
+
+
 # --- The command line --------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the server until a signal ends it; return the exit status."""
     options = _parser().parse_args(arguments)
-    with _signals() as signals:
-        return _run_until(signals, options)
-
-
-def _run_until(signals: socket.socket, options: argparse.Namespace) -> int:
-    """Run the server until a byte for a signal comes; return the exit status."""
+    # Looked for before SIGHUP is heard: until then, a terminal that goes ends the process.
+    had_terminal = _has_terminal()
     threading.stack_size(STACK)
-    try:
-        console = Console(options.log_file, options.verbose)
-    except OSError as error:
-        return _fail(error, options)
-    console.start()
-    try:
-        server = _server(options)
-    except (OSError, UnicodeError, Refusal, HistoryError) as error:
-        console.finish()
-        return _fail(error, options)
-    gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
-    with server:
-        signals.recv(1)
-    if not console.finish():
-        os._exit(0)  # its thread is stuck in a write, and would hold up the exit
+    with contextlib.ExitStack() as running:
+        try:
+            signals = running.enter_context(_signals())
+            console = running.enter_context(Console(options.log_file, options.verbose))
+            server = running.enter_context(_server(options))
+        except (OSError, UnicodeError, RuntimeError, Refusal, HistoryError) as error:
+            running.close()  # what is logged comes before the reason
+            return _fail(error, options)
+        gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
+        _announce(server)
+        _wait_for_end(signals, server, options, had_terminal)
+    if console.is_stuck():
+        os._exit(0)  # a thread that does not come back from a write would hold up the exit
     return 0
+
+
+# Signals.
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """Give a socket that gets a byte for each signal that asks the server to end.
+    """Give a socket that gets a byte, its number, for each signal that the server hears.
 
     One that comes just before the main thread waits would be lost on a lock or queue.
+    What was ignored at the start, as SIGHUP under nohup, stays ignored.
     """
     reader, writer = socket.socketpair()
     with reader, writer:
         writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # it is awake then
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
                 signal.signal(getattr(signal, name), lambda number, frame: None)
@@ -2693,15 +3143,73 @@ def _signals() -> Iterator[socket.socket]:
             signal.set_wakeup_fd(-1)
 
 
+def _wait_for_end(
+    signals: socket.socket, server: ChatServer, options: argparse.Namespace, had_terminal: bool
+) -> None:
+    """Wait for a signal that ends the server; with SIGHUP it takes its files anew."""
+    while signals.recv(1)[0] == getattr(signal, "SIGHUP", None):
+        if had_terminal and not _has_terminal():
+            log.info("the terminal is gone")
+            return
+        try:  # in a thread of its own: a file on a dead disk must not keep the next signal waiting
+            threading.Thread(target=_renew, args=[server, options], daemon=True).start()
+        except RuntimeError as error:
+            log.error("cannot take the files anew: %s; send SIGHUP again", error)
+
+
+def _has_terminal() -> bool:
+    """Tell whether there is a controlling terminal, whose end SIGHUP may be."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+    except OSError as error:
+        # Without a free descriptor it cannot be told: a room is not ended on a guess.
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return True
+
+
+def _renew(server: ChatServer, options: argparse.Namespace) -> None:
+    """Take the files that the options name anew; go on with the old where one cannot be used."""
+
+    def certificate() -> None:
+        server.tls = _tls_context(options)
+
+    def password() -> None:
+        server.password.text = protocol.password(options.password_file, "")
+
+    def op_password() -> None:
+        server.op_password.text = protocol.password(options.op_password_file, "")
+
+    def log_file() -> None:
+        LogFile.check(options.log_file)  # it is its writer that opens it, with the next line
+
+    for file, take in (
+        (options.log_file, log_file),
+        (options.tls_cert, certificate),
+        (options.password_file, password),
+        (options.op_password_file, op_password),
+    ):
+        if file is not None:
+            try:
+                take()
+            except (OSError, Refusal) as error:
+                log.error("%s; going on with what was there", _trouble(error, options))
+            else:
+                log.info("took %s anew", file)
+
+
+# Starting.
+
+
 def _server(options: argparse.Namespace) -> ChatServer:
     """Make the server that the options describe."""
+    max_clients, max_unnamed = _affordable(options.max_clients, options.max_unnamed)
     return ChatServer(
         options.host,
         options.port,
         options.format,
-        max_clients=_affordable(options.max_clients, options.max_unnamed),
+        max_clients=max_clients,
         max_per_address=options.max_per_address,
-        max_unnamed=options.max_unnamed,
+        max_unnamed=max_unnamed,
         name_deadline=options.name_deadline,
         rate_limit=options.rate_limit,
         history=options.history,
@@ -2711,19 +3219,18 @@ def _server(options: argparse.Namespace) -> ChatServer:
     )
 
 
-def _fail(error: Exception, options: argparse.Namespace) -> int:
-    print(f"server.py: {_explain(error, options)}", file=sys.stderr)
-    return 1
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="server.py",
         description="Run a chat room that client.py, nc and telnet can join.",
+        epilog="SIGTERM and Ctrl-C end the room in order; SIGHUP takes certificate, passwords and"
+        " log file anew.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--host", default=protocol.HOST, help="address to listen on; 0.0.0.0 is all of them")
+    option(
+        "--host", default=protocol.HOST, help="address to listen on; :: is all, 0.0.0.0 all of IPv4"
+    )
     option("--port", type=protocol.port, default=protocol.PORT, help="0 takes any free one")
     option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="of the text")
     option("--max-clients", type=_number(int, 1), default=1000, metavar="N", help="in the room")
@@ -2769,52 +3276,172 @@ def _number(kind: type[int] | type[float], least: float) -> Callable[[str], floa
     return read
 
 
-def _affordable(clients: int, unnamed: int) -> int:
-    """Return how many clients the limit of file descriptors allows, raised if need be."""
+def _affordable(clients: int, unnamed: int) -> tuple[int, int]:
+    """Return how many clients, and how many without a name, file descriptors allow.
+
+    The limit is raised if need be.  Where it is too low for all, those without a name
+    get a quarter, so that people can still come in; raise `Refusal` where it is too low
+    for anybody.
+    """
+    allowed = _descriptors(clients + unnamed + SPARE_DESCRIPTORS)
+    left = allowed - SPARE_DESCRIPTORS
+    if left < 2:
+        raise Refusal(
+            f"cannot start: {allowed} open files are allowed; allow more of them with ulimit -n"
+        )
+    if left < clients + unnamed:
+        unnamed = min(unnamed, max(1, left // 4))
+        clients = min(clients, left - unnamed)
+        log.warning(
+            "room for %d clients and %d without a name only: %d open files are allowed;"
+            " allow more of them with ulimit -n",
+            *(clients, unnamed, allowed),
+        )
+    return clients, unnamed
+
+
+def _descriptors(wanted: int) -> int:
+    """Return how many file descriptors may be open, raised to those wanted where it can be."""
     if resource is None:
-        return clients
-    wanted = clients + unnamed + SPARE_DESCRIPTORS
+        return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        if soft < wanted:
-            clients = max(1, soft - unnamed - SPARE_DESCRIPTORS)
-            log.warning("room for %d clients only: %d file descriptors allowed", clients, soft)
-    return clients
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+    except (ValueError, OSError):  # macOS has a limit that it does not tell
+        return soft
+    return more
 
 
-class Console(logging.handlers.QueueListener):
-    """Writes the log in a thread of its own: one that nobody reads must not stop the room."""
+def _announce(server: ChatServer) -> None:
+    """Log where friends can reach a room that is open to the network, and what it lacks."""
+    host = ipaddress.ip_address(server.host.partition("%")[0].removeprefix("::ffff:"))
+    if host.is_loopback:
+        return
+    if host.is_unspecified and (addresses := list(_own_addresses(host.version))):
+        log.info("friends can reach it at %s, port %d", " or ".join(addresses), server.port)
+    lacks = {"TLS": server.tls, "a password": server.password.text}
+    if missing := [f"without {what}" for what, given in lacks.items() if given is None]:
+        log.warning(
+            "the room is open to the network %s; see --tls-cert and --password-file",
+            " and ".join(missing),
+        )
+
+
+def _own_addresses(version: int) -> Iterator[str]:
+    """Yield the addresses that others reach us at: those that we would send to them from."""
+    others = [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")]  # nobody's
+    for family, other in others if version == 6 else others[:1]:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((other, 9))  # sends nothing, and chooses the address for it
+            yield probe.getsockname()[0]
+
+
+# The console.
+
+
+class Console:
+    """The log, on standard error and in a file, written by a thread for each.
+
+    A terminal that nobody reads or a disk that takes nothing holds up neither the room
+    nor the other.  Raise `OSError` when the file cannot be written.
+    """
+
+    PATIENCE = 0.5  # seconds in the end for what is still to be written
 
     def __init__(self, file: str | None, verbose: bool) -> None:
-        handlers: list[logging.Handler] = [logging.StreamHandler()]
+        places: list[logging.Handler] = [logging.StreamHandler()]
         if file is not None:
-            handlers.append(logging.FileHandler(file))
-        records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_RECORDS)
-        super().__init__(records, *handlers)
+            places.append(LogFile(file, encoding="utf-8", errors="backslashreplace"))
+        self._writers = [LogWriter(place) for place in places]
         logging.basicConfig(
             format="%(asctime)s %(levelname)s %(message)s",
             level=logging.DEBUG if verbose else logging.INFO,
-            handlers=[logging.handlers.QueueHandler(records)],
+            handlers=[logging.handlers.QueueHandler(writer.records) for writer in self._writers],
         )
         logging.raiseExceptions = False  # a closed terminal or a full disk ends no server
 
-    def finish(self) -> bool:
-        """Write what is left; tell whether somebody took it."""
-        writer = self._thread
-        if writer is None:
-            return True
+    def __enter__(self) -> Console:
+        for writer in self._writers:
+            writer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        deadline = time.monotonic() + self.PATIENCE
+        for writer in self._writers:
+            writer.finish()
+        for writer in filter(threading.Thread.is_alive, self._writers):
+            writer.join(max(0.0, deadline - time.monotonic()))
+
+    def is_stuck(self) -> bool:
+        """Tell whether something is still being written."""
+        return any(writer.is_alive() for writer in self._writers)
+
+
+class LogWriter(threading.Thread):
+    """Writes the log to one place."""
+
+    def __init__(self, place: logging.Handler) -> None:
+        super().__init__(name="log", daemon=True)
+        self.records: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_RECORDS)
+        self._place = place
+
+    def run(self) -> None:
+        """Write what comes until `finish`."""
+        while (record := self.records.get()) is not None:
+            self._place.handle(record)
+        with contextlib.suppress(OSError):  # a full disk; nobody is left to tell
+            self._place.close()
+
+    def finish(self) -> None:
+        """Have the thread end behind what is waiting; of a full queue, the oldest line goes."""
+        while True:
+            try:
+                return self.records.put_nowait(None)
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):
+                    self.records.get_nowait()
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """The log in a file that only its owner can read, made anew when it was moved away."""
+
+    @staticmethod
+    def check(file: str) -> None:
+        """Raise `OSError` when a file cannot be logged to."""
+        with open(file, "a", opener=_private):
+            pass
+
+    def reopenIfNeeded(self) -> None:  # noqa: N802
+        """Open the file anew if it was moved away; go on with the old where that fails."""
+        with contextlib.suppress(OSError):
+            if self._was_moved():
+                old, self.stream = self.stream, self._open()
+                self._statstream()
+                if old is not None:
+                    old.close()
+
+    def _was_moved(self) -> bool:
         try:
-            self.enqueue_sentinel()
-        except queue.Full:
-            return False
-        writer.join(STOP_CLOSE)
-        if writer.is_alive():
-            return False
-        for handler in self.handlers:
-            handler.close()
-        return True
+            found = os.stat(self.baseFilename)
+        except FileNotFoundError:
+            return True
+        return (found.st_dev, found.st_ino) != (self.dev, self.ino)
+
+    def _open(self) -> TextIOWrapper:
+        return open(
+            self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=_private
+        )
+
+
+def _private(file: str, flags: int) -> int:
+    """Open a file, and make one that is not there readable by its owner alone."""
+    return os.open(file, flags, 0o600)
+
+
+# TLS.
 
 
 def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
@@ -2828,6 +3455,10 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     for file in filter(None, (options.tls_cert, options.tls_key)):
         with open(file, "rb"):
             pass  # so that an error names the file
+    certificate = pathlib.Path(options.tls_cert).read_text("ascii", "replace")
+    fingerprint = protocol.fingerprint(_der(options.tls_cert, certificate))
+    if options.tls_key is None and "PRIVATE KEY-----" not in certificate:
+        raise Refusal(f"{options.tls_cert} has no key in it; give the key's file with --tls-key")
     try:
         # A key that wants a passphrase is refused, not asked for: nobody may be there.
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
@@ -2836,36 +3467,56 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
             f"cannot use {options.tls_cert} with its key: {error.reason or 'not a certificate'};"
             " give a PEM certificate and its key without a passphrase"
         ) from None
-    log.info("certificate SHA256 fingerprint %s", protocol.fingerprint(_der(options.tls_cert)))
+    log.info("certificate SHA256 fingerprint %s", fingerprint)
     return context
 
 
-def _der(file: str) -> bytes:
+def _der(file: str, text: str) -> bytes:
     """Return the first certificate of a PEM file as its fingerprint is taken of."""
-    text = pathlib.Path(file).read_text("ascii", "replace")
-    begin = text.index("-----BEGIN CERTIFICATE-----")
-    end = text.index("-----END CERTIFICATE-----", begin)
-    return ssl.PEM_cert_to_DER_cert(text[begin:end] + "-----END CERTIFICATE-----")
+    form = r"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----"
+    found = re.search(form, text)
+    try:
+        return ssl.PEM_cert_to_DER_cert(found[0] if found else "")
+    except ValueError:
+        raise Refusal(f"{file} has no certificate in it; give one in PEM form") from None
+
+
+# What went wrong.
+
+
+def _fail(error: Exception, options: argparse.Namespace) -> int:
+    print(f"server.py: {_explain(error, options)}", file=sys.stderr)
+    return 1
 
 
 def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Say what keeps the server from starting and what to do about it."""
     where = f"cannot listen on {options.host} port {options.port}"
-    if isinstance(error, Refusal):
-        return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"{where}: unknown host; choose an address of this machine with --host"
     if not isinstance(error, OSError):
         return str(error)
     if error.filename:
-        verb = "write" if error.filename == os.path.abspath(options.log_file or "") else "read"
-        return f"cannot {verb} {error.filename}: {error.strerror}; name another file"
+        return f"{_trouble(error, options)}; name another file"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"cannot start: {error.strerror}; allow more of them with ulimit -n"
     remedy = {
         errno.EADDRINUSE: "the port is in use; choose another with --port",
         errno.EADDRNOTAVAIL: "not an address of this machine; choose one with --host",
+        errno.EAFNOSUPPORT: "this machine has no IPv6; choose another with --host",
+        errno.EINVAL: "not whole; say the interface of a link-local one, as in fe80::1%eth0",
         errno.EACCES: "not permitted; choose a port over 1023 with --port",
     }
     return f"{where}: {remedy.get(error.errno or 0, error.strerror)}"
+
+
+def _trouble(error: Exception, options: argparse.Namespace) -> str:
+    """Say what is wrong with a file."""
+    if not isinstance(error, OSError):
+        return str(error)
+    file = error.filename or "a file"
+    is_log = options.log_file and os.path.abspath(file) == os.path.abspath(options.log_file)
+    return f"cannot {'write' if is_log else 'read'} {file}: {error.strerror}"
 
 
 if __name__ == "__main__":
