@@ -275,7 +275,7 @@ class Outgoing:
             if not self._sent:
                 return None
             oldest = self._sent[0]
-            if not protocol.may_answer(text, "" if oldest.echo else oldest.verb):
+            if not _may_answer(text, oldest):
                 return None
             self._changed.notify_all()
             return self._sent.popleft()
@@ -319,6 +319,13 @@ class Outgoing:
 
     def _count(self) -> int:
         return len(self._waiting) + len(self._sent)
+
+
+def _may_answer(text: str, item: Typed) -> bool:
+    """Tell whether an answer may be the first one to a line."""
+    if item.verb and text == protocol.unknown_command(item.verb):
+        return True  # an old server does not know it
+    return protocol.may_answer(text, "" if item.echo else item.verb)
 
 
 def _new_name(text: str) -> str:
@@ -881,10 +888,6 @@ class ChatClient:
             return f"connected, {count_lines(waiting)} waiting"
         wait = absence.next_try - time.monotonic() if absence else 0.0
         return f"next try in {max(0.0, wait):.0f} s"
-
-    def wait(self) -> None:
-        """Wait until the conversation has ended."""
-        self._receiver.join()
 
     def close(self) -> None:
         """Give back what is held for connections; `leave` does it too."""

@@ -44,7 +44,7 @@ SAMPLES = {
     "ambiguous": "±§¶×÷→… ",
     "mixed": "a世b界c😀é",
 }
-TIMES = (1, 3, 7, 20)  # a sample is typed so many times over, as far as a line can have it
+TIMES = (1, 4, 15)  # a sample is typed so many times over, as far as a line can have it
 MARKS = ("Mn", "Me", "Cf")
 
 

@@ -280,6 +280,27 @@ def test_old_server_that_does_not_count() -> None:
     assert [b"+" in line for line in seen] == [False, True, False, False]
 
 
+def test_old_server_that_knows_no_reply() -> None:
+    """A command that an old server does not know is answered all the same, and holds up nothing."""
+
+    def talk(sock: socket.socket) -> None:
+        name = enter(sock)
+        sock.sendall(f"-> 1 here: {name}\n".encode())
+        while not (line := read_line(sock).decode()).endswith("/quit"):
+            text = line.partition(": ")[2]
+            if text.startswith("/nick"):
+                sock.sendall(b"-> you are now rob\n")
+            elif text.startswith("/"):
+                sock.sendall(protocol.unknown_command(text[1:].split()[0]).encode() + b"\n")
+            else:
+                sock.sendall(line.encode() + b"\n")
+        sock.sendall(b"-> bye\n")
+
+    with pretended(talk) as port:
+        done = say("/reply hush\n/r hush\n/nick rob\nend\n", "--name", "alice", port=port)
+    assert done.stdout.splitlines()[-2:] == ["rob: end", "-> bye"]
+
+
 def test_new_name_behind_the_welcome() -> None:
     """The name that the server says we have is ours, and the `/nick` that made it is done with."""
     came: list[bytes] = []
