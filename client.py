@@ -528,8 +528,10 @@ class Session:
 
     def say_goodbye(self) -> None:
         """Send what is left and ``/quit``, as far as the socket takes it at once."""
+        # Before we are settled, Ctrl-C may have come just when what is left had been sent.
+        left = self._unsent if self.state is State.SETTLED else b""
         with contextlib.suppress(OSError):
-            self._connection.send(self._unsent + protocol.encode("/quit"))
+            self._connection.send(left + protocol.encode("/quit"))
 
     def shutdown(self) -> None:
         """Break the connection off, from any thread."""
@@ -783,11 +785,13 @@ class ChatClient:
         deadline = time.monotonic() + CONNECT_TIMEOUT
         try:
             while self.away:
+                if self._leaving.is_set():
+                    raise ConnectionAbortedError("we leave")
                 if time.monotonic() >= deadline:
                     raise TimeoutError("no answer came")
                 self._exchange(deadline)
         except BaseException:
-            self._disconnect()
+            self._say_goodbye()
             raise
 
     def start(self) -> None:
@@ -809,9 +813,7 @@ class ChatClient:
         except (Refused, OutputClosed) as error:
             self.reason = str(error)
         finally:
-            if self._session and not self.away:
-                self._session.say_goodbye()
-            self._disconnect()
+            self._say_goodbye()
             with contextlib.suppress(OutputClosed):
                 self._show_held(self._absence)
             left_of_itself = not self._leaving.is_set()
@@ -846,11 +848,10 @@ class ChatClient:
             self.outgoing.add(typed("/quit"))
             self._leaving.set()
             self._waker.wake()
-        if not self.away:
-            self._receiver.join(LEAVE_TIMEOUT)
+        self._receiver.join(LEAVE_TIMEOUT)
         if session := self._session:
             session.shutdown()
-        self._receiver.join(LEAVE_TIMEOUT)
+            self._receiver.join(LEAVE_TIMEOUT)
         self.close()
         self._give_up_receipts()
         return [text for text in self.outgoing.unsent() if typed(text).verb != "quit"]
@@ -892,6 +893,7 @@ class ChatClient:
     def close(self) -> None:
         """Give back what is held for connections; `leave` does it too."""
         if not self._receiver.is_alive():  # else it asks for an address, and ends with the program
+            self._say_goodbye()
             self._waker.close()
 
     # What follows runs in the thread of `receive`, but for the first connect.
@@ -970,6 +972,12 @@ class ChatClient:
         # With room for the longest name: it may have changed when the line goes out.
         protocol.encode(text, self.fmt, MAX_TEXT)
         return protocol.encode(protocol.said(self.name, text), self.fmt)
+
+    def _say_goodbye(self) -> None:
+        """End the connection; our place is given up at once, also when we are not quite in."""
+        if self._session is not None and self._session.introduced:
+            self._session.say_goodbye()
+        self._disconnect()
 
     def _disconnect(self) -> None:
         session, self._session = self._session, None
@@ -1534,6 +1542,9 @@ class Terminal(Screen):
             if in_foreground():
                 break
             os.kill(os.getpid(), signal.SIGTTIN)
+            # What came while we were stopped, such as SIGTERM, is heard in here; another
+            # thread may have taken it, and has Python tell this one.
+            time.sleep(0.1)
         if self._settings is None and termios:
             self._settings = termios.tcgetattr(sys.stdin)
 
