@@ -110,7 +110,7 @@ REST = 0.25  # of a round's length is rested after it, ROUND at most, so that ot
 MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
 OUTBOX_LINES = 1000  # lines for one client alone that may wait
 OUTBOX_BYTES = 256 * 1024
-LONGEST_WAIT = 3600.0  # seconds; a selector takes no months, and a clock may be set back by years
+LONGEST_WAIT = 3600.0  # seconds; a selector takes no months, and a ban may end in years
 PARTING = 10.0  # seconds without progress until what is left for somebody who leaves is given up
 LOOK = 10.0  # seconds between two looks for peers that are dead
 STOP_WAIT = 1.0  # seconds at shutdown for a file that another program keeps locked
@@ -750,7 +750,8 @@ class Client:
             if key not in server.broadcaster.room.keys:
                 while delay := server.allowances.join(self.address):
                     self.gate.pause(delay)
-            claim = Claim(self.session, asked._replace(key=key), self.address, time.time())
+            now = self.server.broadcaster.log.now()
+            claim = Claim(self.session, asked._replace(key=key), self.address, now)
             stay, is_back = self._ask(claim, output=self.output)
         self._allowance = server.allowances.begin(stay.number, self.address)
         self._stay = stay.number
@@ -899,7 +900,7 @@ class Client:
                 last = Answered(self.session, [self._line(farewell.line)])
                 broadcaster.log.hand_in(Handed(last))
             has_left = farewell.line == protocol.BYE
-            entry = (Left if has_left else Lost)(self.session, time.time())
+            entry = (Left if has_left else Lost)(self.session, broadcaster.log.now())
             broadcaster.log.hand_in(Handed(entry))
         self.gate.wait_released()
 
@@ -1566,6 +1567,7 @@ class EntryLog:
         self._applied = 0  # entries whose round has ended
         self._crowd: list[Gate] = []  # whose threads wait for space
         self._closed = False  # nothing is handed in any more
+        self._ahead = -math.inf  # of the monotonic clock, the time: as far as it ever was
         self._lock = threading.Lock()  # guards all of the above but the waker
 
     def __len__(self) -> int:
@@ -1576,6 +1578,16 @@ class EntryLog:
     def lines(self) -> int:
         """How many lines stand in entries whose round has not ended."""
         return self._lines + self._lines_taken
+
+    def now(self) -> float:
+        """Return the time for an entry, in seconds since the epoch: it never goes back.
+
+        A clock that is set back would have what is kept for seconds kept for hours.
+        """
+        with self._lock:
+            wall = time.time()  # first: a wait between the two must not put it ahead
+            self._ahead = max(self._ahead, wall - time.monotonic())
+            return time.monotonic() + self._ahead
 
     def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
         """Append an entry and return its number; raise `Gone` when nothing counts any more.
@@ -1877,7 +1889,7 @@ class Broadcaster:
             timeout = 0.0
         else:
             now = time.monotonic()
-            ends = [self._stop_at, self._look_at, now + self.room.deadline - time.time()]
+            ends = [self._stop_at, self._look_at, now + self.room.deadline - self.log.now()]
             ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
                 timeout = max(0.0, min(first - now, LONGEST_WAIT))
@@ -1933,8 +1945,8 @@ class Broadcaster:
         batch = self.log.take()
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
         self._claims = {handed.output.session: handed.output for handed in batch if handed.output}
-        if self.room.deadline <= time.time():
-            batch.append(Handed(Passed(time.time())))
+        if self.room.deadline < math.inf and self.room.deadline <= (now := self.log.now()):
+            batch.append(Handed(Passed(now)))
         if batch:
             room = self._applied(batch)
             self.room = room  # from here on others read it
@@ -2444,7 +2456,7 @@ def _ban(client: Client, argument: str) -> None:
         if re.match(r"-?\d", minutes):
             raise Usage
         minutes, reason = "", rest
-    now = time.time()
+    now = client.server.broadcaster.log.now()
     until = now + 60 * int(minutes) if minutes else 0.0
     name = protocol.check_name(name)
     client.broadcast(Banned(client.session, name, until, reason.strip(), now))
