@@ -15,33 +15,43 @@ The way of a message, in the order in which the functions stand below:
     Client.read                 takes what comes, no faster than its allowance, and has
     Client.hear                 look at each line: said, or a command;
     Client.broadcast            hands it in as an entry, by
-    EntryLog.hand_in            which wakes the broadcaster's thread.  In rounds,
-    Broadcaster._apply_waiting  applies what was handed in, entry by entry, with
-    Room.apply                  which says what becomes of it; stores it by
-    History.append              which gives the lines their positions; and
-    Broadcaster._send_slice     gives each client all that follows its cursor.
+    EntryLog.hand_in            which wakes the broadcaster's thread.
+    Room.apply                  says what becomes of an entry, called in rounds by
+    Broadcaster._apply_waiting  which then has the history give the lines their positions,
+    Broadcaster._send_slice     and gives each client all that follows its cursor.
+
+Commands stand behind, then the histories (in memory, in a file) and the command line.
 
 Who touches what:
 
-    thread              touches                                         under
-    accept              the listener                                    -
-                        who is connected, from where (Connections)      its lock
-    a client's own      Client: what has come and is not said yet       -
-    any                 entries on their way (EntryLog)                 its lock
-                        what waits for one client (Gate)                its lock
-                        lines and times in memory (History)             its lock
-    the broadcaster     Room: names, keys, bans, who is here            -
-                        Output: a client's cursor and bytes under way   -
-    the pager           what only the file has, for who is far behind   -
+    thread              touches                                              under
+    accept              the listener
+    any                 who is connected, from where (Connections)           its lock
+                        what is used up (Allowances), guessed (Secret)       its lock
+    a client's own      Client: what has come and is not said yet
+    any                 entries on their way (EntryLog)                      its lock
+                        what waits for one client, and its end (Gate)        its lock
+                        lines and times in memory (History)                  its lock
+    the broadcaster     Room: names, keys, bans, who is here
+                        Output: a client's cursor and bytes under way
+    the pager           what only the file has, for who is far behind
+    who asks, searches  the file (Access: a connection for each kind)        its lock
 
-No thread ever holds two locks, and none waits for a socket or a disk under one.  Other
-threads read the room as the broadcaster has published it (`Broadcaster.room`); a
-published room does not change.
+No thread holds two of these locks, but for one that waits for the disk: it holds its
+connection to the file, which nobody else waits for but its like.  A single number or
+reference that one thread sets may be read by others without a lock, and whatever is read so
+may be old: `Broadcaster.room` is the room as it was published last, which does not change any
+more; a Client's name, and why its output ended, are for the console.
 
-A client's life, as its thread sees it and as the broadcaster does:
+A client's life, as its own thread sees it:
 
-    at the door -> in the room -> parting -> draining -> closed
-                   following ->  until its last line -> released
+    accepted -> without a name -> claiming -> in the room -> parting -> draining -> closed
+
+and as the broadcaster sees its output; behind or full, it follows later:
+
+    begin -> following -> end: gets what came before it -> released
+                 |            (put out: what its socket takes at once; replaced: nothing)
+                 +-> failed: its thread finds the end of the input, and hands in its leaving
 """
 
 from __future__ import annotations
@@ -85,7 +95,7 @@ except ImportError:  # Windows has neither
 import protocol
 from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsConnection, Waker
 
-# At the door.
+# At the door, and for a client's thread.
 TRIES = 3  # at a name or a password
 WRONG_DELAY = 1.0  # seconds after a wrong password
 MAX_DELAY = 5.0  # seconds between two checks for an address that has given many wrong ones
@@ -936,10 +946,233 @@ class Client:
         self.gate.wait_released()
 
 
+# --- Entries on their way ----------------------------------------------------
+
+
+class Outcome:
+    """What became of an entry: one thread waits for it, the broadcaster settles it, always."""
+
+    __slots__ = ("_settled", "value")
+
+    def __init__(self) -> None:
+        self.value: Any = Unforeseen(protocol.UNFORESEEN)  # should the round fail
+        self._settled = threading.Event()
+
+    def settle(self) -> None:
+        """Let the waiting thread have the value."""
+        self._settled.set()
+
+    def wait(self) -> Any:
+        """Return the value when it is settled, or raise it."""
+        self._settled.wait()
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+class Handed(NamedTuple):
+    """An entry on its way, and what depends on it."""
+
+    entry: Entry
+    outcome: Outcome | None = None
+    output: Output | None = None  # of who claims a place: to follow the room if it is given
+    reserved: Gate | None = None  # where lines for one client are counted until they are there
+    reserved_lines: int = 1
+    size: int = 0  # of those lines, in bytes
+
+    @property
+    def lines(self) -> int:
+        """How many lines it counts in the queue."""
+        return len(self.entry.lines) if type(self.entry) is Said else 1
+
+
+class EntryLog:
+    """Entries in the order in which they were handed in; any thread, under its lock."""
+
+    def __init__(self, waker: Waker) -> None:
+        self._waker = waker
+        self._handed: list[Handed] = []  # not taken by a round yet
+        self._lines = 0  # in those
+        self._lines_taken = 0  # in entries whose round has not ended
+        self._taken = 0  # entries that rounds have taken
+        self._count = 0  # entries ever handed in
+        self._applied = 0  # entries whose round has ended
+        self._crowd: list[Gate] = []  # whose threads wait for space
+        self._closed = False  # nothing is handed in any more
+        self._ahead = -math.inf  # of the monotonic clock, the time: as far as it ever was
+        self._lock = threading.Lock()  # guards all of the above but the waker
+
+    def __len__(self) -> int:
+        """Return how many entries wait for a round."""
+        return len(self._handed)
+
+    @property
+    def lines(self) -> int:
+        """How many lines stand in entries whose round has not ended."""
+        return self._lines + self._lines_taken
+
+    def now(self) -> float:
+        """Return the time for an entry, in seconds since the epoch: it never goes back.
+
+        A clock that is set back would have what is kept for seconds kept for hours.
+        """
+        with self._lock:
+            wall = time.time()  # first: a wait between the two must not put it ahead
+            self._ahead = max(self._ahead, wall - time.monotonic())
+            return time.monotonic() + self._ahead
+
+    def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
+        """Append an entry and return its number; raise `Gone` when nothing counts any more.
+
+        With the gate of its author, wait first while too much waits here or there.
+        """
+        while not self._append(handed, gate):
+            assert gate is not None
+            gate.wait()
+        self._waker.wake()
+        return self._count
+
+    def _append(self, handed: Handed, gate: Gate | None) -> bool:
+        """Append an entry if there is space; else have the gate rung when there is."""
+        if gate is not None and not gate.is_open():
+            return False
+        with self._lock:
+            if self._closed:
+                raise Gone
+            if gate is not None and self.lines >= MAX_QUEUED:
+                self._crowd.append(gate)
+                return False
+            self._handed.append(handed)
+            self._lines += handed.lines
+            self._count += 1
+            return True
+
+    def is_applied(self, number: int) -> bool:
+        """Tell whether the round of an entry has ended."""
+        return number <= self._applied
+
+    def take(self) -> list[Handed]:
+        """Return what was handed in since the last round; the broadcaster's."""
+        with self._lock:
+            handed, self._handed = self._handed, []
+            self._taken = self._count
+            self._lines_taken += self._lines
+            self._lines = 0
+        return handed
+
+    def end_round(self) -> None:
+        """Count what was taken as done, and let those go on who wait for space."""
+        with self._lock:
+            self._applied = self._taken
+            self._lines_taken = 0
+            crowd, self._crowd = self._crowd, []
+        for gate in crowd:
+            gate.ring()
+
+    def close(self) -> None:
+        """Take no more entries."""
+        with self._lock:
+            self._closed = True
+            crowd, self._crowd = self._crowd, []
+        for gate in crowd:
+            gate.ring()
+
+
+class Gate:
+    """Whether a client's thread may go on, and what waits for it alone; under its own lock.
+
+    It is open while the lines for this client alone are not too many, and closed for good
+    when nothing more of its input counts: replaced, put out, failed or shut down.
+    """
+
+    __slots__ = ("_bytes", "_changed", "_lines", "_released", "_rung", "closed")
+
+    def __init__(self) -> None:
+        self.closed = False  # for good
+        self._rung = False  # it may be worth looking again
+        self._released = False  # the broadcaster never touches the client again
+        self._lines = 0  # on their way to the client, or reserved for such
+        self._bytes = 0
+        self._changed = threading.Condition(
+            threading.Lock()
+        )  # guards all; notified when one changes
+
+    def is_open(self) -> bool:
+        """Tell whether there is space for more; raise `Gone` when closed for good."""
+        if self.closed:
+            raise Gone
+        return not self._is_full()
+
+    def reserve(self, size: int) -> bool:
+        """Count a line of `size` bytes unless too much waits already; tell whether it does."""
+        with self._changed:
+            if self._is_full():
+                return False
+            self._lines += 1
+            self._bytes += size
+            return True
+
+    def add(self, lines: int, size: int) -> None:
+        """Count lines of `size` bytes together, come what may."""
+        with self._changed:
+            self._lines += lines
+            self._bytes += size
+
+    def remove(self, lines: int, size: int) -> None:
+        """Count lines as sent."""
+        with self._changed:
+            was_full = self._is_full()
+            self._lines -= lines
+            self._bytes -= size
+        if was_full:
+            self.ring()
+
+    def wait(self) -> None:
+        """Wait until it may be worth looking again; raise `Gone` when closed for good."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._rung or self.closed)
+            self._rung = False
+        if self.closed:
+            raise Gone
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long; raise `Gone` when closed meanwhile."""
+        with self._changed:
+            if self._changed.wait_for(lambda: self.closed, seconds):
+                raise Gone
+
+    def wait_released(self) -> None:
+        """Wait until the broadcaster has let go of the client."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._released)
+
+    def release(self) -> None:
+        """Let go of the client."""
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
+
+    def ring(self) -> None:
+        """Have the client's thread look again."""
+        with self._changed:
+            self._rung = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nothing pass any more."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+    def _is_full(self) -> bool:
+        return self._lines >= OUTBOX_LINES or self._bytes >= OUTBOX_BYTES
+
+
 # --- The room ----------------------------------------------------------------
 
 # What happens.  `session` is the connection that hands it in, `time` (seconds since the
-# epoch) when it did.  What one does depends on the room and the entry alone.
+# epoch) when it did.  What one does depends on the room and the entry alone.  A new kind of
+# entry is a class here, a verb of Room and a line in its `_VERBS`; a command hands it in.
 
 
 class Claim(NamedTuple):
@@ -1543,234 +1776,14 @@ class Room:
     }  # fmt: skip
 
 
-# --- Entries on their way ----------------------------------------------------
-
-
-class Outcome:
-    """What became of an entry: one thread waits for it, the broadcaster settles it, always."""
-
-    __slots__ = ("_settled", "value")
-
-    def __init__(self) -> None:
-        self.value: Any = Unforeseen(protocol.UNFORESEEN)  # should the round fail
-        self._settled = threading.Event()
-
-    def settle(self) -> None:
-        """Let the waiting thread have the value."""
-        self._settled.set()
-
-    def wait(self) -> Any:
-        """Return the value when it is settled, or raise it."""
-        self._settled.wait()
-        if isinstance(self.value, Exception):
-            raise self.value
-        return self.value
-
-
-class Handed(NamedTuple):
-    """An entry on its way, and what depends on it."""
-
-    entry: Entry
-    outcome: Outcome | None = None
-    output: Output | None = None  # of who claims a place: to follow the room if it is given
-    reserved: Gate | None = None  # where lines for one client are counted until they are there
-    reserved_lines: int = 1
-    size: int = 0  # of those lines, in bytes
-
-    @property
-    def lines(self) -> int:
-        """How many lines it counts in the queue."""
-        return len(self.entry.lines) if type(self.entry) is Said else 1
-
-
-class EntryLog:
-    """Entries in the order in which they were handed in; any thread, under its lock."""
-
-    def __init__(self, waker: Waker) -> None:
-        self._waker = waker
-        self._handed: list[Handed] = []  # not taken by a round yet
-        self._lines = 0  # in those
-        self._lines_taken = 0  # in entries whose round has not ended
-        self._taken = 0  # entries that rounds have taken
-        self._count = 0  # entries ever handed in
-        self._applied = 0  # entries whose round has ended
-        self._crowd: list[Gate] = []  # whose threads wait for space
-        self._closed = False  # nothing is handed in any more
-        self._ahead = -math.inf  # of the monotonic clock, the time: as far as it ever was
-        self._lock = threading.Lock()  # guards all of the above but the waker
-
-    def __len__(self) -> int:
-        """Return how many entries wait for a round."""
-        return len(self._handed)
-
-    @property
-    def lines(self) -> int:
-        """How many lines stand in entries whose round has not ended."""
-        return self._lines + self._lines_taken
-
-    def now(self) -> float:
-        """Return the time for an entry, in seconds since the epoch: it never goes back.
-
-        A clock that is set back would have what is kept for seconds kept for hours.
-        """
-        with self._lock:
-            wall = time.time()  # first: a wait between the two must not put it ahead
-            self._ahead = max(self._ahead, wall - time.monotonic())
-            return time.monotonic() + self._ahead
-
-    def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
-        """Append an entry and return its number; raise `Gone` when nothing counts any more.
-
-        With the gate of its author, wait first while too much waits here or there.
-        """
-        while not self._append(handed, gate):
-            assert gate is not None
-            gate.wait()
-        self._waker.wake()
-        return self._count
-
-    def _append(self, handed: Handed, gate: Gate | None) -> bool:
-        """Append an entry if there is space; else have the gate rung when there is."""
-        if gate is not None and not gate.is_open():
-            return False
-        with self._lock:
-            if self._closed:
-                raise Gone
-            if gate is not None and self.lines >= MAX_QUEUED:
-                self._crowd.append(gate)
-                return False
-            self._handed.append(handed)
-            self._lines += handed.lines
-            self._count += 1
-            return True
-
-    def is_applied(self, number: int) -> bool:
-        """Tell whether the round of an entry has ended."""
-        return number <= self._applied
-
-    def take(self) -> list[Handed]:
-        """Return what was handed in since the last round; the broadcaster's."""
-        with self._lock:
-            handed, self._handed = self._handed, []
-            self._taken = self._count
-            self._lines_taken += self._lines
-            self._lines = 0
-        return handed
-
-    def end_round(self) -> None:
-        """Count what was taken as done, and let those go on who wait for space."""
-        with self._lock:
-            self._applied = self._taken
-            self._lines_taken = 0
-            crowd, self._crowd = self._crowd, []
-        for gate in crowd:
-            gate.ring()
-
-    def close(self) -> None:
-        """Take no more entries."""
-        with self._lock:
-            self._closed = True
-            crowd, self._crowd = self._crowd, []
-        for gate in crowd:
-            gate.ring()
-
-
-class Gate:
-    """Whether a client's thread may go on, and what waits for it alone; under its own lock.
-
-    It is open while the lines for this client alone are not too many, and closed for good
-    when nothing more of its input counts: replaced, put out, failed or shut down.
-    """
-
-    __slots__ = ("_bytes", "_changed", "_lines", "_released", "_rung", "closed")
-
-    def __init__(self) -> None:
-        self.closed = False  # for good
-        self._rung = False  # it may be worth looking again
-        self._released = False  # the broadcaster never touches the client again
-        self._lines = 0  # on their way to the client, or reserved for such
-        self._bytes = 0
-        self._changed = threading.Condition(threading.Lock())  # guards all; notified by `ring`
-
-    def is_open(self) -> bool:
-        """Tell whether there is space for more; raise `Gone` when closed for good."""
-        if self.closed:
-            raise Gone
-        return not self._is_full()
-
-    def reserve(self, size: int) -> bool:
-        """Count a line of `size` bytes unless too much waits already; tell whether it does."""
-        with self._changed:
-            if self._is_full():
-                return False
-            self._lines += 1
-            self._bytes += size
-            return True
-
-    def add(self, lines: int, size: int) -> None:
-        """Count lines of `size` bytes together, come what may."""
-        with self._changed:
-            self._lines += lines
-            self._bytes += size
-
-    def remove(self, lines: int, size: int) -> None:
-        """Count lines as sent."""
-        with self._changed:
-            was_full = self._is_full()
-            self._lines -= lines
-            self._bytes -= size
-        if was_full:
-            self.ring()
-
-    def wait(self) -> None:
-        """Wait until it may be worth looking again; raise `Gone` when closed for good."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._rung or self.closed)
-            self._rung = False
-        if self.closed:
-            raise Gone
-
-    def pause(self, seconds: float) -> None:
-        """Wait so long; raise `Gone` when closed meanwhile."""
-        with self._changed:
-            if self._changed.wait_for(lambda: self.closed, seconds):
-                raise Gone
-
-    def wait_released(self) -> None:
-        """Wait until the broadcaster has let go of the client."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._released)
-
-    def release(self) -> None:
-        """Let go of the client."""
-        with self._changed:
-            self._released = True
-            self._changed.notify_all()
-
-    def ring(self) -> None:
-        """Have the client's thread look again."""
-        with self._changed:
-            self._rung = True
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Let nothing pass any more."""
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
-
-    def _is_full(self) -> bool:
-        return self._lines >= OUTBOX_LINES or self._bytes >= OUTBOX_BYTES
-
-
 # --- The broadcaster ---------------------------------------------------------
 
 
 class Output:
     """What one client gets of the room: its cursor and what is under way to it.
 
-    The broadcaster's own from the client's `Begin` until it is `released`; only the
-    gate is also for others.
+    The broadcaster's own from the client's `Begin` until it is `released`.  The gate is
+    for others too, and before `Begin` a client that is turned away has its reason here.
     """
 
     __slots__ = (
@@ -1833,8 +1846,9 @@ class Output:
 class Broadcaster:
     """One thread that applies entries to the room and sends everyone what follows.
 
-    All of it is this thread's own but for what other threads read: `room`, published
-    after each store, and `outputs`, in which they look for one output.
+    All of it is this thread's own but for `entries`, which others hand in, and what they
+    read: `room`, published after each store, and `outputs`, in which they look for one.
+    `stop` closes the entries and then sets `_stop_at`, once.
     """
 
     def __init__(self, history: History) -> None:
