@@ -275,7 +275,7 @@ class Outgoing:
             if not self._sent:
                 return None
             oldest = self._sent[0]
-            if not _may_answer(text, oldest):
+            if not protocol.may_answer(text, "" if oldest.echo else oldest.verb):
                 return None
             self._changed.notify_all()
             return self._sent.popleft()
@@ -319,13 +319,6 @@ class Outgoing:
 
     def _count(self) -> int:
         return len(self._waiting) + len(self._sent)
-
-
-def _may_answer(text: str, item: Typed) -> bool:
-    """Tell whether an answer may be the first one to a line."""
-    if item.verb and text == protocol.unknown_command(item.verb):
-        return True  # an old server does not know it
-    return protocol.may_answer(text, "" if item.echo else item.verb)
 
 
 def _new_name(text: str) -> str:
@@ -790,6 +783,9 @@ class ChatClient:
                 if time.monotonic() >= deadline:
                     raise TimeoutError("no answer came")
                 self._exchange(deadline)
+        except Refused:  # a goodbye would be taken for another name or password
+            self._disconnect()
+            raise
         except BaseException:
             self._say_goodbye()
             raise
