@@ -55,6 +55,7 @@ import gc
 import hashlib
 import ipaddress
 import itertools
+import json
 import logging
 import logging.handlers
 import math
@@ -97,6 +98,10 @@ MAIL_KEPT = 600.0  # seconds that private lines outlive the stay of who has not 
 MAIL_LINES = 1000  # private lines kept for a key
 MAIL_BYTES = 256 * 1024
 MAX_GONE = 1000  # people who left, of whom the address is known should they be banned
+ALIVE = 10.0  # seconds that a server counts without a round: three times what it has to be
+MAX_STEP = 3.0  # seconds that a round moves the log's clock at most: an outage kills nobody
+MAX_NUMBER = 2**63 - 1  # beyond every round
+SERVER_BITS = 32  # of a session's number are its own; its server's name stands above them
 # In the broadcaster.
 SLICE = 100  # clients served, in a millisecond or so, before a round takes in what came meanwhile
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
@@ -785,6 +790,33 @@ class Passed(NamedTuple):
     time: float
 
 
+class Turn(NamedTuple):
+    """A round of one of several servers begins; the time is the log's."""
+
+    server: int
+    time: float
+
+
+class Entered(NamedTuple):
+    """A server is in the room from now on, maybe instead of what it was before."""
+
+    server: int
+    former: int = 0
+
+
+class Ended(NamedTuple):
+    """A server is in the room no more, in good order."""
+
+    server: int
+
+
+class Got(NamedTuple):
+    """Private lines have come to their reader, so many under its key by now."""
+
+    session: int
+    whispers: int
+
+
 class Asked(NamedTuple):
     """Somebody asks what only the room can tell: "names" or "bans"."""
 
@@ -801,7 +833,7 @@ class Answered(NamedTuple):
 
 Entry = (
     Claim | Said | Whispered | Renamed | Left | Lost | Promoted | Kicked | Banned | Unbanned
-    | Passed | Asked | Answered
+    | Passed | Turn | Entered | Ended | Got | Asked | Answered
 )  # fmt: skip
 
 
@@ -816,7 +848,8 @@ class Begin(NamedTuple):
     asked: Introduction
     greeting: list[str]
     missed_private: int  # private lines that are not to be had any more
-    mail: tuple[tuple[int, bytes], ...]  # those that are, by position
+    whispers: int  # those that there ever were, but for the ones that follow
+    mail: tuple[tuple[int, bytes], ...]  # those that are to be had, by position
 
 
 class ToOne(NamedTuple):
@@ -883,6 +916,10 @@ class Mail(NamedTuple):
         lines = self.lines[max(0, len(self.lines) - (self.total - had)) :]
         return Mail(self.total, lines, sum(len(line) for _, line in lines))
 
+    def is_full(self) -> bool:
+        """Tell whether one line more would push out another."""
+        return len(self.lines) >= MAIL_LINES or self.size >= MAIL_BYTES
+
 
 class Ban(NamedTuple):
     """Who may not come in: a name, and the address that it came from if that is known."""
@@ -920,8 +957,8 @@ class Room:
     """
 
     __slots__ = (
-        "bans", "deadline", "departed", "durable", "effects", "end", "fmt", "is_shared", "keeps",
-        "keys", "lines", "looks", "mail", "names", "sessions", "stays", "time",
+        "bans", "clock", "deadline", "departed", "durable", "effects", "end", "fmt", "is_shared",
+        "keeps", "keys", "lines", "looks", "mail", "names", "servers", "sessions", "stays", "time",
     )  # fmt: skip
     _SHARED = ("stays", "names", "looks", "keys", "sessions", "mail", "departed")
 
@@ -932,7 +969,8 @@ class Room:
         self.durable = durable  # what is stored outlives the server
         self.end = end  # the position of the next line
         self.time = 0.0  # the latest that an entry has brought
-        self.deadline = math.inf  # when something that is kept is not kept any more
+        self.clock = 0.0  # the same, or on several machines the log's own: it has no gaps
+        self.deadline = math.inf  # when, on that, something that is kept is not kept any more
         self.bans = tuple(bans)
         self.stays: dict[int, Stay] = {}  # by number, as they joined
         self.names: dict[str, int] = {}  # which stay has a name, folded
@@ -941,6 +979,8 @@ class Room:
         self.sessions: dict[int, int] = {}
         self.mail: dict[str, Mail] = {}  # by key
         self.departed: dict[str, str] = {}  # addresses of who left last, by folded name
+        # When each of several had its last round, the oldest first; changed in a copy.
+        self.servers: dict[int, float] = {}
         # Of a draft alone: what the round makes, and whether its lines can be stored.
         self.lines: list[bytes] = []
         self.effects: list[Effect] = []
@@ -953,8 +993,8 @@ class Room:
         With `keeps` false the round's lines cannot be stored: what is said is refused to
         its authors, and nothing is announced.
         """
-        draft = Room.__new__(Room)
-        for name in self.__slots__:
+        draft = object.__new__(type(self))
+        for name in Room.__slots__:
             setattr(draft, name, getattr(self, name))
         draft.lines, draft.effects, draft.keeps, draft.is_shared = [], [], keeps, True
         return draft
@@ -965,10 +1005,8 @@ class Room:
         Raise `Refusal`, which was answered, or `Farewell` for what cannot be, and `Gone`
         when the session does not count any more; the room is as it was then.
         """
-        if self.is_shared and type(entry) not in self._CHANGES_NOTHING:
-            for name in self._SHARED:
-                setattr(self, name, getattr(self, name).copy())
-            self.is_shared = False
+        if type(entry) not in self._CHANGES_NOTHING:
+            self._unshare()
         try:
             return self._VERBS[type(entry)](self, entry)
         except Denied as denied:
@@ -977,6 +1015,13 @@ class Room:
         except Refusal as refusal:
             self._answer(entry.session, protocol.not_sent(refusal))
             raise
+
+    def _unshare(self) -> None:
+        """Have all that the draft may change be its own."""
+        if self.is_shared:
+            for name in self._SHARED:
+                setattr(self, name, getattr(self, name).copy())
+            self.is_shared = False
 
     # What others read.
 
@@ -992,10 +1037,40 @@ class Room:
         """Return who has a name, in upper or lower case."""
         return self.stays.get(self.names.get(protocol.fold(name), 0))
 
+    def state(self) -> dict[str, Any]:
+        """Return all that a room is made of again by `restored`, as JSON has it."""
+        mail = {
+            key: [total, [[position, line.decode(self.fmt)] for position, line in lines], kept]
+            for key, (total, lines, _, kept) in self.mail.items()
+        }
+        return {
+            "end": self.end, "time": self.time, "clock": self.clock, "mail": mail,
+            "bans": [[*ban] for ban in self.bans], "stays": [[*one] for one in self.stays.values()],
+            "departed": self.departed, "servers": [[*one] for one in self.servers.items()],
+        }  # fmt: skip
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], fmt: str) -> Room:
+        """Return the room of which this is the state."""
+        room = cls(state["end"], [Ban(*ban) for ban in state["bans"]], fmt=fmt, durable=True)
+        room.time, room.clock = state["time"], state["clock"]
+        room.departed = dict(state["departed"])
+        room.servers = dict(state["servers"])
+        for stay in state["stays"]:
+            room._enter(Stay(*stay))
+        for key, (total, lines, kept) in state["mail"].items():
+            mail = tuple((position, line.encode(fmt)) for position, line in lines)
+            room.mail[key] = Mail(total, mail, sum(len(line) for _, line in mail), kept)
+        room._set_deadline()
+        return room
+
     # Joining and leaving.
 
     def _claim(self, claim: Claim) -> tuple[Stay, bool]:
         self._pass(claim.time)
+        server = claim.session >> SERVER_BITS
+        if server and server not in self.servers:  # it is over, and will have to know
+            raise Gone
         if (number := self.keys.get(claim.asked.key)) is not None:
             return self._take_over(self.stays[number], claim), True
         name = claim.asked.name
@@ -1038,11 +1113,15 @@ class Room:
 
     def _begin(self, claim: Claim, stay: Stay, greeting: list[str]) -> None:
         """Have a session follow the room, from where it asked for."""
-        had, missed, mail = claim.asked.whispers, 0, Mail()
+        had, missed, mail = claim.asked.whispers, 0, self.mail.get(stay.key, Mail())
         if had is not None:
-            mail = self.mail[stay.key] = self.mail.get(stay.key, mail).without(had)
+            mail = self.mail[stay.key] = mail.without(had)
             missed = mail.total - had - len(mail.lines)
-        begin = Begin(claim.session, self.end, claim.asked, greeting, missed, mail.lines)
+        elif stay.key in self.mail:
+            self.mail[stay.key] = mail._replace(kept_until=math.inf)
+        lines = () if had is None else mail.lines
+        number = mail.total - len(lines)
+        begin = Begin(claim.session, self.end, claim.asked, greeting, missed, number, lines)
         self.effects.append(begin)
 
     def _enter(self, stay: Stay) -> None:
@@ -1066,10 +1145,14 @@ class Room:
             return self._left(Left(*lost))
         self._pass(lost.time)
         self.effects.append(End(lost.session, self.end, Ending.LEFT))
-        del self.sessions[lost.session]
-        self._enter(stay._replace(session=None, kept_until=self.time + HELD))
-        self._set_deadline()
+        self._hold(stay)
         return None
+
+    def _hold(self, stay: Stay) -> None:
+        """Keep the place of somebody whose connection has ended, for the key."""
+        del self.sessions[stay.session or 0]
+        self._enter(stay._replace(session=None, kept_until=self.clock + HELD))
+        self._set_deadline()
 
     def _leave(self, stay: Stay, line: str) -> None:
         """End a stay, with a line for the room."""
@@ -1080,8 +1163,9 @@ class Room:
         self.departed[protocol.fold(stay.name)] = stay.address
         if len(self.departed) > MAX_GONE:
             del self.departed[next(iter(self.departed))]
+        self.mail.pop(_unkeyed(stay), None)
         if mail := self.mail.get(stay.key):
-            self.mail[stay.key] = mail._replace(kept_until=self.time + MAIL_KEPT)
+            self.mail[stay.key] = mail._replace(kept_until=self.clock + MAIL_KEPT)
             self._set_deadline()
         self._announce(line)
 
@@ -1092,18 +1176,74 @@ class Room:
 
     def _pass(self, now: float) -> None:
         """Let the room's time come to `now`, if that is later, and end what it ends."""
-        self.time = max(self.time, now)
-        if self.time < self.deadline:
+        if now > self.time:
+            self.time = self.clock = now
+        self._end_kept()
+
+    def _end_kept(self) -> None:
+        """End what is kept no more."""
+        if self.clock < self.deadline:
             return
         for stay in [*self.stays.values()]:
-            if stay.kept_until <= self.time:
+            if stay.kept_until <= self.clock:
                 self._leave(stay, protocol.left(stay.name))
-        self.mail = {k: mail for k, mail in self.mail.items() if mail.kept_until > self.time}
+        self.mail = {k: mail for k, mail in self.mail.items() if mail.kept_until > self.clock}
         self._set_deadline()
 
     def _set_deadline(self) -> None:
         kept: list[Stay | Mail] = [*self.stays.values(), *self.mail.values()]
         self.deadline = min((one.kept_until for one in kept), default=math.inf)
+
+    # Several servers.
+
+    def _turned(self, turn: Turn) -> None:
+        """Let the log's clock move, and end what it ends before the round counts."""
+        self.clock += min(max(0.0, turn.time - self.time), MAX_STEP)
+        self.time = max(self.time, turn.time)
+        over = []
+        for name, last in self.servers.items():  # whose last round is the oldest first
+            if self.clock - last <= ALIVE:
+                break
+            over.append(name)
+        if over or self.clock >= self.deadline:
+            self._unshare()
+        for name in over:
+            self._end_server(name)
+        self._end_kept()
+        if turn.server in self.servers:
+            self._note_round(turn.server)
+
+    def _note_round(self, name: int) -> None:
+        self.servers = self.servers.copy()
+        self.servers.pop(name, None)
+        self.servers[name] = self.clock
+
+    def _entered(self, entered: Entered) -> None:
+        self._end_server(entered.former)
+        self._note_round(entered.server)
+
+    def _ended(self, ended: Ended) -> None:
+        self._end_server(ended.server)
+
+    def _end_server(self, name: int) -> None:
+        """End the connections of a server that is over; nobody waits for what it does then."""
+        if name not in self.servers:
+            return
+        self.servers = {other: last for other, last in self.servers.items() if other != name}
+        for stay in [*self.stays.values()]:
+            if stay.session is None or stay.session >> SERVER_BITS != name:
+                continue
+            self.effects.append(End(stay.session, self.end, Ending.REPLACED, "the server is over"))
+            if stay.key:
+                self._hold(stay)
+            else:
+                self._leave(stay, protocol.left(stay.name))
+
+    def _got(self, got: Got) -> None:
+        stay = self._of(got)
+        box = stay.key or _unkeyed(stay)
+        if mail := self.mail.get(box):
+            self.mail[box] = mail.without(got.whispers)
 
     # Talking.
 
@@ -1121,14 +1261,17 @@ class Room:
         stay, other = self._of(whispered), self.stays.get(whispered.to)
         if other is None:
             raise Refusal(protocol.HAS_LEFT)
+        box = other.key or _unkeyed(other)
+        mail = self.mail.get(box, Mail())
+        if self.servers and mail.is_full():
+            raise Refusal(protocol.NOT_READING.format(name=other.name))
         line = protocol.private(stay.name, whispered.text)
         position, data = self.end, _encoded(line, self.fmt)
         self._answer(stay.session, protocol.sent_to(other.name, whispered.text))
         if other.session is not None:
             self.effects.append(ToOne(other.session, position, data))
-        if other.key:
-            mail = self.mail.get(other.key, Mail())
-            self.mail[other.key] = mail.plus(position, data)
+        if box:
+            self.mail[box] = mail.plus(position, data)
         self.stays[other.number] = other._replace(correspondent=stay.number)
 
     def _renamed(self, renamed: Renamed) -> str:
@@ -1251,12 +1394,19 @@ class Room:
             raise Gone
         return self.stays[number]
 
-    _CHANGES_NOTHING = (Said, Answered, Asked)  # of the room but its end: most rounds copy nothing
+    # Of the room but its end, or they see to it themselves: most rounds copy nothing.
+    _CHANGES_NOTHING = (Said, Answered, Asked, Turn)
     _VERBS: ClassVar[dict[type, Callable[[Room, Any], Any]]] = {
         Said: _said, Whispered: _whispered, Answered: _answered, Asked: _asked,
         Claim: _claim, Renamed: _renamed, Left: _left, Lost: _lost, Passed: _passed,
         Promoted: _promoted, Kicked: _kicked, Banned: _banned, Unbanned: _unbanned,
+        Turn: _turned, Entered: _entered, Ended: _ended, Got: _got,
     }  # fmt: skip
+
+
+def _unkeyed(stay: Stay) -> str:
+    """Return under what private lines stand for who has no key, on several machines; or ''."""
+    return "" if stay.key or not stay.number >> SERVER_BITS else f"#{stay.number}"
 
 
 # --- Entries on their way ----------------------------------------------------
@@ -2449,6 +2599,182 @@ def _hold(path: str) -> int:
             os.close(held)
             raise HistoryError(f"{path} is in use by another server") from None
     return held
+
+
+# --- Several machines --------------------------------------------------------
+
+# Servers with one history are one room: what is handed in to any of them stands in one
+# log, in rounds, and each applies what it has read back from there, in that order.  A
+# simulation of this (tests/test_simulation.py) fails with any of its rules left out.
+
+
+class Over(Exception):
+    """This server's part in the log is over; it enters anew, from the newest point."""
+
+
+class Forked(Exception):
+    """What the database has is not what was read there before; nothing goes on from here."""
+
+
+class Row(NamedTuple):
+    """A round as the log has it."""
+
+    number: int
+    time: float  # the database's, in seconds since the epoch
+    server: int
+    batch: int  # the server's own count of its rounds
+    entries: str
+
+
+class Append(NamedTuple):
+    """What a server asks of the log: to have a round of its own, once, and all before it."""
+
+    server: int
+    batch: int
+    entries: str
+    after: int  # the rows behind this number are wanted
+
+
+_SHARED_KINDS: tuple[type[Any], ...] = (
+    Said, Claim, Whispered, Renamed, Left, Lost, Promoted, Kicked, Banned, Unbanned,
+    Entered, Ended, Got,
+)  # fmt: skip
+_TAGS = {kind: tag for tag, kind in enumerate(_SHARED_KINDS)}  # as they stand in the log
+
+
+def is_shared(entry: Entry) -> bool:
+    """Tell whether an entry concerns all servers, and not just one client of one."""
+    return type(entry) in _TAGS
+
+
+def undated(entry: Any) -> Any:
+    """Return an entry without a time of this machine's: it will be the log's."""
+    return entry._replace(time=0.0) if hasattr(entry, "time") else entry
+
+
+def encode_entries(entries: Iterable[Any], fmt: str) -> str:
+    """Return entries as a row has them."""
+    rows: list[list[Any]] = []
+    for entry in entries:
+        fields = [_TAGS[type(entry)], *entry]
+        if type(entry) is Said:  # as nearly all are
+            fields[2] = b"\n".join(entry.lines).decode(fmt)
+        rows.append(fields)
+    return json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
+
+
+def decode_entries(text: str, fmt: str) -> list[Any]:
+    """Return the entries of a row."""
+    entries: list[Any] = []
+    for tag, *fields in json.loads(text):
+        kind = _SHARED_KINDS[tag]
+        if kind is Said:
+            fields[1] = fields[1].encode(fmt).split(b"\n")
+        elif kind is Claim:
+            fields[1] = Introduction(*fields[1])
+        entries.append(kind(*fields))
+    return entries
+
+
+class Follower:
+    """One server's part in the log: what to append, and what of it to apply next.
+
+    No connection, thread or clock.  The way of a part: `begin` its first round, which
+    says that the server enters; when that is in the log, `start` from the newest point;
+    then apply what `answered` and `heard` give, and begin the next round when
+    `is_free`.  Each name is used for one part only.
+    """
+
+    def __init__(self, server: int, fmt: str, former: int = 0) -> None:
+        self.server = server
+        self.fmt = fmt
+        self.number: int | None = None  # of the last row that was given to be applied
+        self._last: tuple[int, int] | None = None  # its server and batch
+        self._batch = 0
+        self._under_way: list[Handed] | None = None  # our round, until it is read back
+        self._text = ""  # of that
+        self._is_current = False  # a round of ours is committed on this connection
+        self.begin([Handed(Entered(server, former))])
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the last round was read back, so that another may begin."""
+        return self._under_way is None
+
+    @property
+    def call(self) -> Append:
+        """What to ask of the log, again and again until it answers: always the very same.
+
+        On a new connection an empty round will do.  The last row that was applied is
+        wanted there once more.
+        """
+        if self.number is None:
+            after = MAX_NUMBER  # what is before it comes with the point
+        else:
+            after = self.number if self._is_current else self.number - 1
+        return Append(self.server, self._batch, self._text, after)
+
+    def begin(self, handed: list[Handed]) -> None:
+        """Have a next round; what concerns clients of ours alone stands in it, not in the log."""
+        assert self.is_free
+        self._batch += 1
+        self._under_way = [one._replace(entry=undated(one.entry)) for one in handed]
+        shared = (one.entry for one in self._under_way if is_shared(one.entry))
+        self._text = encode_entries(shared, self.fmt)
+
+    def connected(self) -> None:
+        """Know that what comes next comes on a new connection, maybe from another database.
+
+        Nothing read there counts before a round of ours is committed there: it is not,
+        where nobody follows any more.
+        """
+        self._is_current = False
+        if self.is_free:
+            self.begin([])
+
+    def start(self, number: int, rows: list[Row]) -> list[Handed]:
+        """Follow from a point on, with the rows behind it, read together after `Entered` was in."""
+        self.number, self._is_current = number, True
+        handed = self._next(rows)
+        self._under_way = None  # the point may have it already
+        return handed
+
+    def answered(self, rows: list[Row]) -> list[Handed]:
+        """Return what to apply of the rows that came with the end of our round.
+
+        Raise `Over` or `Forked`.
+        """
+        assert self.number is not None
+        if not rows or max(row.number for row in rows) <= self.number:
+            raise Forked  # our own stands before what was read already
+        if not self._is_current and rows[0].number == self.number:
+            if self._last not in (None, rows[0][2:4]):
+                raise Forked
+            rows = rows[1:]
+        self._is_current = True
+        return self._next(rows)
+
+    def heard(self, rows: list[Row]) -> list[Handed]:
+        """Return what to apply of rows that others have appended; raise `Over`."""
+        return self._next(rows) if self._is_current and self.number is not None else []
+
+    def _next(self, rows: list[Row]) -> list[Handed]:
+        """Return what the rows that were not given yet say, in their order."""
+        assert self.number is not None
+        handed: list[Handed] = []
+        for row in rows:
+            if row.number <= self.number:
+                continue
+            if row.number != self.number + 1:
+                raise Over  # what is missing was trimmed away
+            handed.append(Handed(Turn(row.server, row.time)))
+            if (row.server, row.batch) == (self.server, self._batch):
+                handed += self._under_way or ()
+                self._under_way = None
+            else:
+                handed += map(Handed, decode_entries(row.entries, self.fmt))
+            self.number, self._last = row.number, (row.server, row.batch)
+        return handed
 
 
 # --- The command line --------------------------------------------------------
