@@ -29,6 +29,8 @@ import re
 import select
 import socket
 import ssl
+import struct
+import sys
 import textwrap
 import threading
 import time
@@ -985,6 +987,8 @@ class Connection:
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
         """End the connection from any thread; it wakes the one that waits in `receive`."""
         with self._lock, contextlib.suppress(OSError):  # it may have ended already
+            if how != socket.SHUT_RD:
+                self._say_goodbye()
             # An SSLSocket's own shutdown would take its TLS away from the other thread.
             socket.socket.shutdown(self._sock, how)
 
@@ -1002,7 +1006,19 @@ class Connection:
     def close(self) -> None:
         """Close the socket; only its owner does."""
         with self._lock:
+            self._say_goodbye()
             self._sock.close()
+
+    def is_dead(self) -> bool:
+        """Tell whether a peer that is owed bytes has acknowledged nothing for too long.
+
+        A reader that is suspended is not dead: its system answers.  A peer that is owed
+        nothing is not dead either: `keep_alive` finds out, and its connection breaks.
+        False where the platform does not tell, and the system's own patience decides.
+        """
+        with self._lock, contextlib.suppress(OSError):  # closed already
+            return _has_lost_its_peer(self._sock)
+        return False
 
     def shake_hands(self, deadline: float) -> None:
         """Do what has to be done before the first byte: nothing, without TLS."""
@@ -1012,12 +1028,18 @@ class Connection:
         """Tell whether there are bytes that waiting for the socket would not see."""
         return False
 
+    def _say_goodbye(self) -> None:
+        """Tell the peer, under the lock, that nothing follows: nothing to say without TLS."""
+        return
+
 
 class TlsConnection(Connection):
     """A connection inside TLS.
 
     An SSLSocket must not be used by two threads at once: the lock that guards the
-    descriptor guards it too.  Which end we are is the context's to say.
+    descriptor guards it too.  Which end we are is the context's to say.  It is said
+    to the peer where we end (``close_notify``), or it could not tell it from a cut;
+    a peer that ends without a word has ended all the same.
     """
 
     RECORD = 16 * 1024  # bytes; OpenSSL takes a record whole or not at all
@@ -1025,6 +1047,9 @@ class TlsConnection(Connection):
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str = "") -> None:
         is_server = context.protocol == ssl.PROTOCOL_TLS_SERVER
         super().__init__(sock)
+        # Without this, OpenSSL 3 refuses to send anything more when the input was cut.
+        context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+        context.sslsocket_class = _TlsSocket
         self._tls: ssl.SSLSocket = context.wrap_socket(
             sock,
             server_side=is_server,
@@ -1032,7 +1057,9 @@ class TlsConnection(Connection):
             server_hostname=None if is_server else host,
         )
         self._sock = self._tls
-        self._failed = False  # the peer speaks no TLS, and is told so without
+        # TLS was not agreed on, which the peer is told without, or is over by our
+        # goodbye; what still comes is thrown away.
+        self._outside = False
 
     def shake_hands(self, deadline: float) -> None:
         """Agree on keys; raise `ssl.SSLError`, or `TimeoutError` at the deadline."""
@@ -1046,20 +1073,20 @@ class TlsConnection(Connection):
             except ssl.SSLWantWriteError:
                 writable = True
             except OSError:  # it speaks no TLS, or nothing in time
-                self._failed = True
+                self._outside = True
                 raise
             try:
                 _wait(self._sock, deadline, writable=writable)
             except TimeoutError:
-                self._failed = True
+                self._outside = True
                 raise
 
     def receive_now(self) -> bytes | None:
         """Return the bytes that are there, ``b""`` at the end, None when none are there yet."""
         with self._lock:
             try:
-                if self._failed:
-                    return socket.socket.recv(self._sock, RECEIVE)
+                if self._outside:
+                    return None if socket.socket.recv(self._sock, RECEIVE) else b""
                 return self._tls.recv(RECEIVE)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
                 return None
@@ -1069,7 +1096,7 @@ class TlsConnection(Connection):
         sent = 0
         with self._lock:
             try:
-                if self._failed:
+                if self._outside:
                     return socket.socket.send(self._sock, data)
                 while sent < len(data):
                     sent += self._tls.send(data[sent : sent + self.RECORD])
@@ -1083,7 +1110,25 @@ class TlsConnection(Connection):
 
     def _has_bytes(self) -> bool:
         with self._lock:
-            return not self._failed and self._tls.pending() > 0
+            return not self._outside and self._tls.pending() > 0
+
+    def _say_goodbye(self) -> None:
+        if not self._outside:
+            self._outside = True
+            # ValueError without TLS around it; else the peer has not said goodbye yet, or
+            # the socket is full, or has ended.  In each case there is nothing to wait for.
+            with contextlib.suppress(OSError, ValueError):
+                self._tls.unwrap()
+
+
+class _TlsSocket(ssl.SSLSocket):
+    """One that takes its peer to be there: a reset is for the handshake to find.
+
+    It may come at any moment, and wrap_socket() would raise and leave the descriptor open.
+    """
+
+    def getpeername(self) -> None:
+        """Return nothing, at all times."""
 
 
 def _wait(sock: socket.socket, deadline: float | None, *, writable: bool = False) -> None:
@@ -1138,7 +1183,15 @@ class Waker:
 KEEPALIVE_IDLE = 60  # seconds of silence before the first probe
 KEEPALIVE_INTERVAL = 15  # seconds between probes
 KEEPALIVE_PROBES = 4  # unanswered ones until the peer counts as dead
-UNACKNOWLEDGED = 120_000  # milliseconds that sent bytes may stay unacknowledged
+# Seconds without an acknowledgement until a peer that is owed bytes counts as dead: as
+# long as keepalive takes; with a closed window so long that two probes may be lost, which
+# Linux sends every 120 s at the rarest.  TCP_USER_TIMEOUT would not tell the two apart.
+UNACKNOWLEDGED = 120.0
+UNACKNOWLEDGED_CLOSED = 300.0
+
+# What Linux tells in struct tcp_info of a connection: segments that are unacknowledged,
+# milliseconds since the last acknowledgement, bytes that are unsent, and the peer's window.
+TCP_INFO = struct.Struct("=24x I 28x I 84x I 80x I")
 
 
 def keep_alive(sock: socket.socket) -> None:
@@ -1150,7 +1203,19 @@ def keep_alive(sock: socket.socket) -> None:
         ("TCP_KEEPALIVE", KEEPALIVE_IDLE),  # its name on macOS
         ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED),
     ):
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _has_lost_its_peer(sock: socket.socket) -> bool:
+    """Tell whether bytes wait for a peer that has been silent too long; raise `OSError`."""
+    if sys.platform != "linux":  # FreeBSD's TCP_INFO is laid out in another way
+        return False
+    told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
+    # A kernel before 5.4 does not tell the window, which then counts as closed.
+    unacknowledged, silence, unsent, window = TCP_INFO.unpack(told.ljust(TCP_INFO.size, b"\0"))
+    if not unacknowledged and not unsent:
+        return False
+    seconds = UNACKNOWLEDGED if unacknowledged and window else UNACKNOWLEDGED_CLOSED
+    return bool(silence > 1000 * seconds)

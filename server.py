@@ -73,6 +73,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
 
@@ -88,7 +89,12 @@ from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsC
 # At the door.
 TRIES = 3  # at a name or a password
 WRONG_DELAY = 1.0  # seconds after a wrong password
+MAX_DELAY = 5.0  # seconds between two checks for an address that has given many wrong ones
+FORGIVEN = 600.0  # seconds after which a wrong password, or a right one, counts no more
+MAX_GUESSING = 50  # checks that wait for one address, of which each takes `MAX_DELAY` at most
 BURST = 20  # lines that a client may send at once before the rate counts
+JOINS = 20.0  # joins a second from one address, after
+JOINS_BURST = 100  # of them: a class that comes in at once, through one router
 BACKLOG = 1024  # connections that the system may keep waiting for accept()
 LINGER = 1.0  # seconds for a client to close after our last line
 STACK = 128 * 1024  # bytes for a client's thread, whose calls are few and shallow
@@ -110,6 +116,7 @@ MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read fr
 OUTBOX_LINES = 1000  # lines for one client alone that may wait
 OUTBOX_BYTES = 256 * 1024
 PARTING = 10.0  # seconds without progress until what is left for somebody who leaves is given up
+LOOK = 10.0  # seconds between two looks for peers that are dead
 STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
 STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
 # In the history.
@@ -178,8 +185,8 @@ class ChatServer:
     ) -> None:
         self.fmt = fmt
         self.tls = tls
-        self.password = protocol.password_bytes(password) if password else None
-        self.op_password = protocol.password_bytes(op_password) if op_password else None
+        self.password = Secret(password)
+        self.op_password = Secret(op_password)
         self.limits = Limits(**limits)  # type: ignore[arg-type]
         self._listener = _listen_on(host, port)
         self.host, self.port = self._listener.getsockname()[:2]
@@ -189,6 +196,7 @@ class ChatServer:
             self._listener.close()
             raise
         self.connections = Connections(self.limits)
+        self.allowances = Allowances(self.limits.rate_limit)
         self.broadcaster = Broadcaster(self.history)
         self.stopping = threading.Event()
         self._sessions = itertools.count(1)
@@ -221,7 +229,8 @@ class ChatServer:
         """Start the broadcaster and let people in."""
         self.broadcaster.start()
         self._receiver.start()
-        log.info("listening on %s:%d", self.host, self.port)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        log.info("listening on %s:%d", host, self.port)
 
     def receive(self) -> None:
         """Accept connections until the server stops, whatever goes wrong.
@@ -237,9 +246,9 @@ class ChatServer:
                 try:
                     self._accept()
                     delay = 0.0
-                except BlockingIOError:
+                except (BlockingIOError, ConnectionError):
                     pass  # reset before we came, or the server stops
-                except (OSError, RuntimeError, MemoryError) as error:
+                except Exception as error:
                     if not delay:
                         log.error("cannot accept a connection: %s; trying again", error)
                     delay = min(1.0, delay * 2 or 0.010)
@@ -274,7 +283,7 @@ class ChatServer:
         self._listener.close()
         self.broadcaster.stop()
         for client in self.clients:
-            client.dismiss()
+            client.turn_away(protocol.SHUTTING_DOWN)
         self.connections.end_all(socket.SHUT_WR)
         self.connections.end_all(socket.SHUT_RDWR)  # whoever did not close
         for thing in (self._waker, self.broadcaster, self.history):
@@ -283,13 +292,16 @@ class ChatServer:
 
     def _accept(self) -> None:
         """Accept one connection and start its thread."""
-        sock, (host, port, *_) = self._listener.accept()
+        sock, address = self._listener.accept()
+        if address is None:  # macOS knows none of one that was reset
+            return sock.close()
+        host, port = protocol.escape(address[0].removeprefix("::ffff:")), address[1]
         try:
             connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
-            client = Client(self, next(self._sessions), connection, protocol.escape(host), port)
-        except BaseException:
-            sock.close()
-            raise
+            client = Client(self, next(self._sessions), connection, f"{host}:{port}")
+        except OSError as error:  # reset by now: its own affair
+            log.info("unnamed (%s:%d) left: %s", host, port, error)
+            return sock.close()
         self.connections.add(client)
         try:
             threading.Thread(target=self.handle, args=[client], daemon=True).start()
@@ -301,9 +313,11 @@ class ChatServer:
 
 
 def _listen_on(host: str, port: int) -> socket.socket:
-    """Return a listening socket, for IPv6 too."""
+    """Return a listening socket; one on all addresses of IPv6 takes in IPv4 too."""
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    listener = socket.create_server((host, port), family=found[0][0], backlog=BACKLOG)
+    family, *_, address = found[0]  # with the interface of a link-local one
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     listener.setblocking(False)
     return listener
 
@@ -326,16 +340,20 @@ class Connections:
             return list(self._all)
 
     def add(self, client: Client) -> None:
-        """Count a connection, and end the oldest that has no name if there are too many."""
+        """Count a connection, and turn one without a name away if there are too many.
+
+        It is the oldest from where most of them are: whoever comes in a crowd gives way
+        to the others, and not they to the crowd.
+        """
         with self._changed:
             self._all[client] = self._unnamed[client] = None
             self._addresses[client.address] += 1
             if len(self._unnamed) <= self.limits.max_unnamed:
                 return
-            oldest = next(iter(self._unnamed))
+            crowd = Counter(unnamed.address for unnamed in self._unnamed).most_common(1)[0][0]
+            oldest = next(one for one in self._unnamed if one.address == crowd)
             del self._unnamed[oldest]
-        log.info("%s closed: too many connections without a name", oldest)
-        oldest.end()
+        oldest.turn_away(protocol.TOO_MANY_UNNAMED)
 
     def remove(self, client: Client) -> None:
         """Close a connection; the last thing that happens to it."""
@@ -347,6 +365,16 @@ class Connections:
             if not self._addresses[client.address]:
                 del self._addresses[client.address]
             self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def aside(self, client: Client) -> Iterator[None]:
+        """Count a client as none without a name while it waits for something of ours."""
+        with self._changed:
+            self._check_address(client)
+            self._unnamed.pop(client, None)
+        yield
+        with self._changed:
+            self._unnamed[client] = None
 
     @contextlib.contextmanager
     def place(self, client: Client, broadcaster: Broadcaster, key: str) -> Iterator[None]:
@@ -376,6 +404,10 @@ class Connections:
         undecided = sum(other.session not in room.sessions for other in self._claiming)
         if len(room.stays) + undecided >= self.limits.max_clients:
             raise Farewell("the room is full", protocol.ROOM_FULL)
+        self._check_address(client)
+
+    def _check_address(self, client: Client) -> None:
+        assert self._is_locked()
         from_there = self._addresses[client.address]
         if from_there > self.limits.max_per_address and not _is_loopback(client.address):
             raise Farewell("too many connections from its address", protocol.ADDRESS_FULL)
@@ -389,6 +421,157 @@ class Connections:
 
     def _is_locked(self) -> bool:
         return self._changed._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+
+class Allowance:
+    """A right to so many things a second after a burst of them at once; rate 0 is no limit.
+
+    The own thing of who uses it up; another that goes on with it has a `successor`.
+    """
+
+    def __init__(self, rate: float, burst: int = BURST) -> None:
+        self.rate = rate
+        self.burst = burst
+        self._left = float(burst)
+        self._since = time.monotonic()
+
+    def draw(self, wanted: int) -> int:
+        """Return how many of what is wanted may pass now."""
+        if not self.rate:
+            return wanted
+        self._left, self._since = self._now(), time.monotonic()
+        drawn = min(wanted, int(self._left))
+        self._left -= drawn
+        return drawn
+
+    def delay(self) -> float:
+        """Return the seconds until one may pass."""
+        return max(0.0, (1 - self._left) / self.rate) if self.rate else 0.0
+
+    def is_full(self) -> bool:
+        """Tell whether it is as good as a new one."""
+        return not self.rate or self._now() >= self.burst
+
+    def successor(self) -> Allowance:
+        """Return one that goes on where this one is."""
+        other = Allowance(self.rate, self.burst)
+        other._left = self._now()
+        return other
+
+    def _now(self) -> float:
+        passed = time.monotonic() - self._since
+        return min(float(self.burst), self._left + passed * self.rate)
+
+
+class Allowances:
+    """What people and addresses have used up, over all their connections; under its lock.
+
+    Otherwise whoever comes anew would have a new allowance each time.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._of_stays: dict[int, Allowance] = {}
+        self._left: dict[str, list[Allowance]] = {}  # by address, of who is gone
+        self._joins: dict[str, Allowance] = {}  # by address
+        self._lock = threading.Lock()  # guards all of the above
+
+    def join(self, address: str) -> float:
+        """Count a join from an address; return the seconds until it may be."""
+        with self._lock:
+            self._joins = {a: joins for a, joins in self._joins.items() if not joins.is_full()}
+            joins = self._joins.setdefault(address, Allowance(JOINS * bool(self.rate), JOINS_BURST))
+            return 0.0 if joins.draw(1) else joins.delay()
+
+    def begin(self, stay: int, address: str) -> Allowance:
+        """Return the allowance of a stay: its own, or else the emptiest left at the address."""
+        with self._lock:
+            known = self._of_stays.get(stay)
+            if known is None:
+                left = [one for one in self._left.pop(address, []) if not one.is_full()]
+                left.sort(key=Allowance.delay)
+                known = left.pop() if left else Allowance(self.rate)
+                if left:
+                    self._left[address] = left
+            self._of_stays[stay] = known.successor()
+            return self._of_stays[stay]
+
+    def end(self, stay: int, address: str, allowance: Allowance) -> None:
+        """Keep an allowance whose connection ends, for the stay and for who comes from there."""
+        with self._lock:
+            if self._of_stays.get(stay) is not allowance:
+                return  # somebody goes on with it already
+            gone = [number for number, one in self._of_stays.items() if one.is_full()]
+            for number in gone:
+                del self._of_stays[number]
+            if not allowance.is_full():
+                self._left.setdefault(address, []).append(allowance)
+
+
+class Secret:
+    """A password, and how often it was guessed wrong from where; any thread, under its lock.
+
+    Checks for one address come one at a time, and the more wrong ones there were the
+    longer after each other; whoever has the key of somebody that passed is not slowed.
+    `text` may be replaced at any time; None is none.
+    """
+
+    def __init__(self, text: str | None) -> None:
+        self.text = text
+        self._wrong: dict[str, tuple[int, float]] = {}  # how many, and when the last was
+        self._free_at: dict[str, float] = {}  # when the next check may begin
+        self._waiting: Counter[str] = Counter()
+        self._passed: dict[str, float] = {}  # when somebody with this key last passed
+        self._lock = threading.Lock()  # guards all of the above but the text
+
+    def check(self, given: bytes, address: str, key: str, pause: Callable[[float], None]) -> bool:
+        """Compare a password when it is the turn of this address; tell whether it is right."""
+        is_right = None
+        seconds = self._begin(address, key)
+        try:
+            pause(seconds)
+            is_right = protocol.is_password(given, protocol.password_bytes(self.text or ""))
+            return is_right
+        finally:
+            self._end(address, key, is_right=is_right)
+
+    def _begin(self, address: str, key: str) -> float:
+        """Return the seconds until a check may be; raise `Farewell` when too many wait."""
+        now = time.monotonic()
+        with self._lock:
+            self._forget(now)
+            if key in self._passed or address not in self._wrong:
+                self._waiting[address] += 1
+                return 0.0
+            if self._waiting[address] >= MAX_GUESSING:
+                raise Farewell("too many passwords from its address", protocol.ADDRESS_FULL)
+            self._waiting[address] += 1
+            start = max(now, self._free_at.get(address, now))
+            self._free_at[address] = start + self._pace(address)
+            return start - now
+
+    def _end(self, address: str, key: str, *, is_right: bool | None) -> None:
+        """Count a check as done: right, wrong, or (None) given up."""
+        now = time.monotonic()
+        with self._lock:
+            self._waiting[address] -= 1
+            if is_right and key:
+                self._passed[key] = now
+            elif is_right is False:
+                self._wrong[address] = (self._wrong.get(address, (0, now))[0] + 1, now)
+                free_at = self._free_at.get(address, now)
+                self._free_at[address] = max(free_at, now + self._pace(address))
+
+    def _pace(self, address: str) -> float:
+        return min(MAX_DELAY, WRONG_DELAY * self._wrong[address][0])
+
+    def _forget(self, now: float) -> None:
+        for kept in (self._passed, self._free_at):
+            for old in [one for one, when in kept.items() if when + FORGIVEN <= now]:
+                del kept[old]
+        for old in [one for one, (_, when) in self._wrong.items() if when + FORGIVEN <= now]:
+            del self._wrong[old]
+        self._waiting = +self._waiting
 
 
 def network(host: str, own: str) -> str:
@@ -409,6 +592,19 @@ def _is_loopback(address: str) -> bool:
     return "/" not in address and ipaddress.ip_address(address).is_loopback
 
 
+def _hashed(key: str) -> str:
+    """Return what stands for a key in the room: nothing that opens a place; '' for none."""
+    return hashlib.sha256(key.lower().encode()).hexdigest() if key else ""
+
+
+def _hashed_key(line: bytes) -> str:
+    """Return the hash of the key in an introduction, if it is one and has a key."""
+    try:
+        return _hashed(protocol.introduction(protocol.decode(line)).key)
+    except Refusal:
+        return ""
+
+
 def _encoded(line: str, fmt: str = protocol.FORMAT) -> bytes:
     """Return a line as it is sent, of text that was checked when it came in."""
     return f"{line}\n".encode(fmt)
@@ -417,49 +613,24 @@ def _encoded(line: str, fmt: str = protocol.FORMAT) -> bytes:
 # --- A client's thread -------------------------------------------------------
 
 
-class Allowance:
-    """A client's right to send: `rate` lines a second after a burst; 0 is no limit."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self._tokens = float(BURST)
-        self._since = time.monotonic()
-
-    def draw(self, wanted: int) -> int:
-        """Return how many of `wanted` lines may pass now."""
-        if not self.rate:
-            return wanted
-        now = time.monotonic()
-        self._tokens = min(BURST, self._tokens + (now - self._since) * self.rate)
-        self._since = now
-        drawn = min(wanted, int(self._tokens))
-        self._tokens -= drawn
-        return drawn
-
-    def delay(self) -> float:
-        """Return the seconds until a line may pass."""
-        return max(0.0, (1 - self._tokens) / self.rate)
-
-
 class Client:
-    """One connection and its input; its own thread's, but for `end`, `dismiss` and `str`.
+    """One connection and its input; its own thread's, but for `end`, `turn_away` and `str`.
 
     `session` is the connection's number, under which its entries are handed in.
     """
 
-    def __init__(
-        self, server: ChatServer, session: int, connection: Connection, host: str, port: int
-    ) -> None:
+    def __init__(self, server: ChatServer, session: int, connection: Connection, peer: str) -> None:
         self.server = server
         self.session = session
         self.connection = connection
-        self.host = host
-        self.port = port
-        self.address = network(host, connection.own_host())
+        self.peer = peer  # host:port
+        self.address = network(peer.rpartition(":")[0], connection.own_host())  # what counts as one
         self.name = ""
         self.output = Output(session, connection)  # the broadcaster's own, once we are in the room
         self.gate = self.output.gate
         self.wrong_passwords = 0  # given with /op
+        self._stay = 0  # the number of its stay
+        self._allowance = Allowance(0)
         self._prefix = b""  # of what it says
         self._framer = Framer()
         self._telnet = protocol.Telnet()
@@ -467,7 +638,7 @@ class Client:
         self._handed_in = 0  # the number of its last entry
 
     def __str__(self) -> str:
-        return f"{self.name or 'unnamed'} ({self.host}:{self.port})"
+        return f"{self.name or 'unnamed'} ({self.peer})"
 
     # From any thread.
 
@@ -476,11 +647,14 @@ class Client:
         self.gate.close()
         self.connection.shutdown(how)
 
-    def dismiss(self) -> None:
-        """Say goodbye to somebody at the door; who is in the room hears it there."""
-        if not self.name and self.output.until is None:
-            with contextlib.suppress(OSError):
-                self.connection.send(_encoded(protocol.SHUTTING_DOWN))
+    def turn_away(self, line: str) -> None:
+        """End somebody at the door with a line; who is in the room hears it there."""
+        if self.name or self.output.until is not None:
+            return
+        self.output.reason = line.removeprefix("-> ")
+        with contextlib.suppress(OSError):
+            self.connection.send(_encoded(line))
+        self.end()
 
     # At the door.
 
@@ -488,12 +662,12 @@ class Client:
         """Ask for a name, and for the password, until the client is in the room."""
         deadline = time.monotonic() + self.server.limits.name_deadline
         self._shake_hands(deadline)
-        is_trusted = self.server.password is None
+        is_trusted = self.server.password.text is None
         for _ in range(TRIES):
             self.connection.send(b"NICK\n")
             line = self._next_line(deadline)
             if not is_trusted:
-                self._ask_password(deadline)
+                self._ask_password(deadline, _hashed_key(line))
                 is_trusted = True
             try:
                 return self._claim(protocol.introduction(protocol.decode(line, self.server.fmt)))
@@ -505,21 +679,33 @@ class Client:
         try:
             self.connection.shake_hands(deadline)
         except ssl.SSLError as error:
-            raise Farewell(f"no TLS: {error.reason}", protocol.WANTS_TLS) from None
+            raise Farewell(f"no TLS: {error.reason or error}", protocol.WANTS_TLS) from None
         except TimeoutError:
             raise Farewell("no TLS in time", protocol.WANTS_TLS) from None
 
-    def _ask_password(self, deadline: float) -> None:
-        right = self.server.password or b""
+    def _ask_password(self, deadline: float, key: str) -> None:
         for left in reversed(range(TRIES)):
             self.connection.send(b"PASS\n")
-            if protocol.is_password(self._next_line(deadline), right):
+            given = self._next_line(deadline)
+            with self.server.connections.aside(self):
+                asked = time.monotonic()
+                is_right = self._check(self.server.password, given, key)
+                deadline += time.monotonic() - asked  # our own waiting is not theirs
+            if is_right:
                 return
             log.warning("%s gave a wrong password", self)
             self.gate.pause(WRONG_DELAY)
             if left:
                 self.connection.send(_encoded(protocol.WRONG_PASSWORD))
         raise Farewell("no right password", protocol.NO_MORE_PASSWORDS)
+
+    def _check(self, secret: Secret, given: bytes, key: str) -> bool:
+        return secret.check(given, self.address, key, self.gate.pause)
+
+    def gives_op_password(self, given: str) -> bool:
+        """Tell whether this is the operators' password, when it is the turn of this address."""
+        key = str(self.session)  # of nobody who has passed
+        return self._check(self.server.op_password, protocol.password_bytes(given), key)
 
     def _next_line(self, deadline: float) -> bytes:
         """Return the next line of one that has not joined yet."""
@@ -552,10 +738,15 @@ class Client:
 
     def _claim(self, asked: Introduction) -> None:
         """Claim a name and a place in the room; raise `Refusal` or `Farewell`."""
-        key = hashlib.sha256(asked.key.lower().encode()).hexdigest() if asked.key else ""
-        claim = Claim(self.session, asked._replace(key=key), self.address, time.time())
-        with self.server.connections.place(self, self.server.broadcaster, key):
+        server, key = self.server, _hashed(asked.key)
+        with server.connections.place(self, server.broadcaster, key):
+            if key not in server.broadcaster.room.keys:
+                while delay := server.allowances.join(self.address):
+                    self.gate.pause(delay)
+            claim = Claim(self.session, asked._replace(key=key), self.address, time.time())
             stay, is_back = self._ask(claim, output=self.output)
+        self._allowance = server.allowances.begin(stay.number, self.address)
+        self._stay = stay.number
         self._be_called(stay.name)
         log.info("%s %s", self, "is back" if is_back else "joined")
 
@@ -566,14 +757,13 @@ class Client:
 
     def read(self) -> None:
         """Take what comes until the input ends, no faster than the client may speak."""
-        allowance = Allowance(self.server.limits.rate_limit)
         while True:
             while self._unread:
-                count = allowance.draw(len(self._unread))
+                count = self._allowance.draw(len(self._unread))
                 lines, self._unread = self._unread[:count], self._unread[count:]
                 self.hear(lines)
                 if self._unread:
-                    self.gate.pause(allowance.delay())
+                    self.gate.pause(self._allowance.delay())
             if self._framer.overrun:
                 raise Farewell("speaks no lines", protocol.UNFRAMED)
             data = self.connection.receive()
@@ -679,6 +869,7 @@ class Client:
     def part(self, farewell: Farewell) -> None:
         """Leave the room if in it, send the last line, and let the other end close first."""
         if self.name:
+            self.server.allowances.end(self._stay, self.address, self._allowance)
             self._leave(farewell)
         elif farewell.line:
             with contextlib.suppress(OSError):
@@ -956,10 +1147,6 @@ class Room:
     room can read it without a lock, since from then on it does not change.
     """
 
-    __slots__ = (
-        "bans", "clock", "deadline", "departed", "durable", "effects", "end", "fmt", "is_shared",
-        "keeps", "keys", "lines", "looks", "mail", "names", "servers", "sessions", "stays", "time",
-    )  # fmt: skip
     _SHARED = ("stays", "names", "looks", "keys", "sessions", "mail", "departed")
 
     def __init__(
@@ -994,8 +1181,7 @@ class Room:
         its authors, and nothing is announced.
         """
         draft = object.__new__(type(self))
-        for name in Room.__slots__:
-            setattr(draft, name, getattr(self, name))
+        vars(draft).update(vars(self))
         draft.lines, draft.effects, draft.keeps, draft.is_shared = [], [], keeps, True
         return draft
 
@@ -1074,10 +1260,7 @@ class Room:
         if (number := self.keys.get(claim.asked.key)) is not None:
             return self._take_over(self.stays[number], claim), True
         name = claim.asked.name
-        for ban in self.bans:
-            if ban.concerns(name, claim.address, self.time):
-                line = protocol.you_are_banned(ban.by, ban.until, ban.reason)
-                raise Farewell("banned", line)
+        self._check_bans(name, claim.address)
         self._check_name(name)
         present = self.present()
         shown = present[: protocol.WELCOME_NAMES]
@@ -1090,6 +1273,8 @@ class Room:
 
     def _take_over(self, stay: Stay, claim: Claim) -> Stay:
         """Give a place to who comes with its key, with no word to the room."""
+        if not stay.is_operator:
+            self._check_bans(stay.name, claim.address)
         if stay.session is not None:
             self.effects.append(End(stay.session, self.end, Ending.REPLACED, "replaced"))
             del self.sessions[stay.session]
@@ -1100,6 +1285,13 @@ class Room:
             greeting.append(protocol.now_named(stay.name))
         self._begin(claim, stay, greeting)
         return stay
+
+    def _check_bans(self, name: str, address: str) -> None:
+        """Raise `Farewell` for who is kept out."""
+        for ban in self.bans:
+            if ban.concerns(name, address, self.time):
+                line = protocol.you_are_banned(ban.by, ban.until, ban.reason)
+                raise Farewell("banned", line)
 
     def _check_name(self, name: str, own: Stay | None = None) -> None:
         """Raise `Refusal` for a name that somebody else has, or that looks like one."""
@@ -1710,6 +1902,7 @@ class Broadcaster:
         self._keeps = True  # the last round was stored
         self._bans_kept = self.room.bans  # as the history has them
         self._stop_at = math.inf  # when delivering is given up
+        self._look_at = math.inf  # when to look for dead peers next
         self._thread = threading.Thread(target=self._run, name="broadcaster", daemon=True)
 
     def start(self) -> None:
@@ -1761,7 +1954,7 @@ class Broadcaster:
             timeout = 0.0
         else:
             now = time.monotonic()
-            ends = [self._stop_at, now + self.room.deadline - time.time()]
+            ends = [self._stop_at, self._look_at, now + self.room.deadline - time.time()]
             ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
                 timeout = max(0.0, first - now)
@@ -1794,7 +1987,10 @@ class Broadcaster:
                     self._serve_due()
                 self._offered = end
             self._serve_due()
-            self._end_stuck()
+            if self._parting:
+                self._end_stuck()
+            if self._look_at <= time.monotonic():
+                self._end_dead()
             self._log_said(start)
         finally:
             self._following = [o for o in self._following if not o.released]
@@ -1813,18 +2009,24 @@ class Broadcaster:
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
         if self.room.deadline <= time.time():
             batch.append(Handed(Passed(time.time())))
-        self._take_pages()
+        if self._pager.pages:
+            self._take_pages()
         if batch:
             room = self._applied(batch)
             self.room = room  # from here on others read it
-            claims = {handed.output.session: handed.output for handed in batch if handed.output}
-            for effect in room.effects:
-                self._carry_out(effect, claims)
-            for handed in batch:
-                if handed.reserved:
-                    handed.reserved.remove(1, handed.size)
+            if room.effects:
+                self._carry_out_all(room.effects, batch)
         if self._stop_at < math.inf and not self.log:
             self._say_goodbye()
+
+    def _carry_out_all(self, effects: list[Effect], batch: list[Handed]) -> None:
+        """Do for single clients what a round means for them."""
+        claims = {handed.output.session: handed.output for handed in batch if handed.output}
+        for effect in effects:
+            self._carry_out(effect, claims)
+        for handed in batch:
+            if handed.reserved:
+                handed.reserved.remove(1, handed.size)
 
     def _applied(self, batch: list[Handed]) -> Room:
         """Return the room as a batch leaves it, stored as far as it can be."""
@@ -1898,6 +2100,8 @@ class Broadcaster:
             output.enqueue(min(position, end), data)
         self.outputs[output.session] = output
         self._following.append(output)
+        if self._look_at == math.inf:
+            self._look_at = time.monotonic() + LOOK
 
     def _end(self, output: Output, end: End) -> None:
         """Have an output get nothing from a position on."""
@@ -2006,6 +2210,14 @@ class Broadcaster:
         now = time.monotonic()
         for output in [output for output in self._parting if output.parts_at <= now]:
             self._release(output)
+
+    def _end_dead(self) -> None:
+        """End those whose peers acknowledge nothing any more; a suspended reader's does."""
+        for output in self._following:
+            if output.connection.is_dead():
+                output.reason = output.reason or "no acknowledgement came"
+                self._fail(output, TimeoutError())
+        self._look_at = time.monotonic() + LOOK if self._following else math.inf
 
     def _release(self, output: Output) -> None:
         """Let go of an output for good: its socket is its thread's to close."""
@@ -2258,14 +2470,13 @@ OPERATORS_ONLY = frozenset({"kick", "ban", "unban", "bans"})
 
 @command("op")
 def _op(client: Client, argument: str) -> list[str] | None:
-    right = client.server.op_password
     if not argument:
         raise Usage
-    if right is None:
+    if client.server.op_password.text is None:
         return [protocol.NO_OPERATORS]
     if client.wrong_passwords >= TRIES:
         return [protocol.NO_MORE_OP_TRIES]
-    if not protocol.is_password(protocol.password_bytes(argument), right):
+    if not client.gives_op_password(argument):
         client.wrong_passwords += 1
         log.warning("%s gave a wrong operator password", client)
         client.gate.pause(WRONG_DELAY)
@@ -2783,41 +2994,39 @@ class Follower:
 def main(arguments: list[str] | None = None) -> int:
     """Run the server until a signal ends it; return the exit status."""
     options = _parser().parse_args(arguments)
-    with _signals() as signals:
-        return _run_until(signals, options)
-
-
-def _run_until(signals: socket.socket, options: argparse.Namespace) -> int:
-    """Run the server until a byte for a signal comes; return the exit status."""
+    # Looked for before SIGHUP is heard: until then, a terminal that goes ends the process.
+    had_terminal = _has_terminal()
     threading.stack_size(STACK)
-    try:
-        console = Console(options.log_file, options.verbose)
-    except OSError as error:
-        return _fail(error, options)
-    console.start()
-    try:
-        server = _server(options)
-    except (OSError, UnicodeError, Refusal, HistoryError) as error:
-        console.finish()
-        return _fail(error, options)
-    gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
-    with server:
-        signals.recv(1)
-    if not console.finish():
-        os._exit(0)  # its thread is stuck in a write, and would hold up the exit
+    with contextlib.ExitStack() as running:
+        try:
+            signals = running.enter_context(_signals())
+            console = running.enter_context(Console(options.log_file, options.verbose))
+            server = running.enter_context(_server(options))
+        except (OSError, UnicodeError, RuntimeError, Refusal, HistoryError) as error:
+            running.close()  # what is logged comes before the reason
+            return _fail(error, options)
+        gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
+        _announce(server)
+        _wait_for_end(signals, server, options, had_terminal)
+    if console.is_stuck():
+        os._exit(0)  # a thread that does not come back from a write would hold up the exit
     return 0
+
+
+# Signals.
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """Give a socket that gets a byte for each signal that asks the server to end.
+    """Give a socket that gets a byte, its number, for each signal that the server hears.
 
     One that comes just before the main thread waits would be lost on a lock or queue.
+    What was ignored at the start, as SIGHUP under nohup, stays ignored.
     """
     reader, writer = socket.socketpair()
     with reader, writer:
         writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # it is awake then
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
                 signal.signal(getattr(signal, name), lambda number, frame: None)
@@ -2827,15 +3036,73 @@ def _signals() -> Iterator[socket.socket]:
             signal.set_wakeup_fd(-1)
 
 
+def _wait_for_end(
+    signals: socket.socket, server: ChatServer, options: argparse.Namespace, had_terminal: bool
+) -> None:
+    """Wait for a signal that ends the server; with SIGHUP it takes its files anew."""
+    while signals.recv(1)[0] == getattr(signal, "SIGHUP", None):
+        if had_terminal and not _has_terminal():
+            log.info("the terminal is gone")
+            return
+        try:  # in a thread of its own: a file on a dead disk must not keep the next signal waiting
+            threading.Thread(target=_renew, args=[server, options], daemon=True).start()
+        except RuntimeError as error:
+            log.error("cannot take the files anew: %s; send SIGHUP again", error)
+
+
+def _has_terminal() -> bool:
+    """Tell whether there is a controlling terminal, whose end SIGHUP may be."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY))
+    except OSError as error:
+        # Without a free descriptor it cannot be told: a room is not ended on a guess.
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return True
+
+
+def _renew(server: ChatServer, options: argparse.Namespace) -> None:
+    """Take the files that the options name anew; go on with the old where one cannot be used."""
+
+    def certificate() -> None:
+        server.tls = _tls_context(options)
+
+    def password() -> None:
+        server.password.text = protocol.password(options.password_file, "")
+
+    def op_password() -> None:
+        server.op_password.text = protocol.password(options.op_password_file, "")
+
+    def log_file() -> None:
+        LogFile.check(options.log_file)  # it is its writer that opens it, with the next line
+
+    for file, take in (
+        (options.log_file, log_file),
+        (options.tls_cert, certificate),
+        (options.password_file, password),
+        (options.op_password_file, op_password),
+    ):
+        if file is not None:
+            try:
+                take()
+            except (OSError, Refusal) as error:
+                log.error("%s; going on with what was there", _trouble(error, options))
+            else:
+                log.info("took %s anew", file)
+
+
+# Starting.
+
+
 def _server(options: argparse.Namespace) -> ChatServer:
     """Make the server that the options describe."""
+    max_clients, max_unnamed = _affordable(options.max_clients, options.max_unnamed)
     return ChatServer(
         options.host,
         options.port,
         options.format,
-        max_clients=_affordable(options.max_clients, options.max_unnamed),
+        max_clients=max_clients,
         max_per_address=options.max_per_address,
-        max_unnamed=options.max_unnamed,
+        max_unnamed=max_unnamed,
         name_deadline=options.name_deadline,
         rate_limit=options.rate_limit,
         history=options.history,
@@ -2845,19 +3112,18 @@ def _server(options: argparse.Namespace) -> ChatServer:
     )
 
 
-def _fail(error: Exception, options: argparse.Namespace) -> int:
-    print(f"server.py: {_explain(error, options)}", file=sys.stderr)
-    return 1
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="server.py",
         description="Run a chat room that client.py, nc and telnet can join.",
+        epilog="SIGTERM and Ctrl-C end the room in order; SIGHUP takes certificate, passwords and"
+        " log file anew.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--host", default=protocol.HOST, help="address to listen on; 0.0.0.0 is all of them")
+    option(
+        "--host", default=protocol.HOST, help="address to listen on; :: is all, 0.0.0.0 all of IPv4"
+    )
     option("--port", type=protocol.port, default=protocol.PORT, help="0 takes any free one")
     option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="of the text")
     option("--max-clients", type=_number(int, 1), default=1000, metavar="N", help="in the room")
@@ -2903,52 +3169,172 @@ def _number(kind: type[int] | type[float], least: float) -> Callable[[str], floa
     return read
 
 
-def _affordable(clients: int, unnamed: int) -> int:
-    """Return how many clients the limit of file descriptors allows, raised if need be."""
+def _affordable(clients: int, unnamed: int) -> tuple[int, int]:
+    """Return how many clients, and how many without a name, file descriptors allow.
+
+    The limit is raised if need be.  Where it is too low for all, those without a name
+    get a quarter, so that people can still come in; raise `Refusal` where it is too low
+    for anybody.
+    """
+    allowed = _descriptors(clients + unnamed + SPARE_DESCRIPTORS)
+    left = allowed - SPARE_DESCRIPTORS
+    if left < 2:
+        raise Refusal(
+            f"cannot start: {allowed} open files are allowed; allow more of them with ulimit -n"
+        )
+    if left < clients + unnamed:
+        unnamed = min(unnamed, max(1, left // 4))
+        clients = min(clients, left - unnamed)
+        log.warning(
+            "room for %d clients and %d without a name only: %d open files are allowed;"
+            " allow more of them with ulimit -n",
+            *(clients, unnamed, allowed),
+        )
+    return clients, unnamed
+
+
+def _descriptors(wanted: int) -> int:
+    """Return how many file descriptors may be open, raised to those wanted where it can be."""
     if resource is None:
-        return clients
-    wanted = clients + unnamed + SPARE_DESCRIPTORS
+        return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        if soft < wanted:
-            clients = max(1, soft - unnamed - SPARE_DESCRIPTORS)
-            log.warning("room for %d clients only: %d file descriptors allowed", clients, soft)
-    return clients
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+    except (ValueError, OSError):  # macOS has a limit that it does not tell
+        return soft
+    return more
 
 
-class Console(logging.handlers.QueueListener):
-    """Writes the log in a thread of its own: one that nobody reads must not stop the room."""
+def _announce(server: ChatServer) -> None:
+    """Log where friends can reach a room that is open to the network, and what it lacks."""
+    host = ipaddress.ip_address(server.host.partition("%")[0].removeprefix("::ffff:"))
+    if host.is_loopback:
+        return
+    if host.is_unspecified and (addresses := list(_own_addresses(host.version))):
+        log.info("friends can reach it at %s, port %d", " or ".join(addresses), server.port)
+    lacks = {"TLS": server.tls, "a password": server.password.text}
+    if missing := [f"without {what}" for what, given in lacks.items() if given is None]:
+        log.warning(
+            "the room is open to the network %s; see --tls-cert and --password-file",
+            " and ".join(missing),
+        )
+
+
+def _own_addresses(version: int) -> Iterator[str]:
+    """Yield the addresses that others reach us at: those that we would send to them from."""
+    others = [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")]  # nobody's
+    for family, other in others if version == 6 else others[:1]:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((other, 9))  # sends nothing, and chooses the address for it
+            yield probe.getsockname()[0]
+
+
+# The console.
+
+
+class Console:
+    """The log, on standard error and in a file, written by a thread for each.
+
+    A terminal that nobody reads or a disk that takes nothing holds up neither the room
+    nor the other.  Raise `OSError` when the file cannot be written.
+    """
+
+    PATIENCE = 0.5  # seconds in the end for what is still to be written
 
     def __init__(self, file: str | None, verbose: bool) -> None:
-        handlers: list[logging.Handler] = [logging.StreamHandler()]
+        places: list[logging.Handler] = [logging.StreamHandler()]
         if file is not None:
-            handlers.append(logging.FileHandler(file))
-        records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_RECORDS)
-        super().__init__(records, *handlers)
+            places.append(LogFile(file, encoding="utf-8", errors="backslashreplace"))
+        self._writers = [Writer(place) for place in places]
         logging.basicConfig(
             format="%(asctime)s %(levelname)s %(message)s",
             level=logging.DEBUG if verbose else logging.INFO,
-            handlers=[logging.handlers.QueueHandler(records)],
+            handlers=[logging.handlers.QueueHandler(writer.records) for writer in self._writers],
         )
         logging.raiseExceptions = False  # a closed terminal or a full disk ends no server
 
-    def finish(self) -> bool:
-        """Write what is left; tell whether somebody took it."""
-        writer = self._thread
-        if writer is None:
-            return True
+    def __enter__(self) -> Console:
+        for writer in self._writers:
+            writer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        deadline = time.monotonic() + self.PATIENCE
+        for writer in self._writers:
+            writer.finish()
+        for writer in filter(threading.Thread.is_alive, self._writers):
+            writer.join(max(0.0, deadline - time.monotonic()))
+
+    def is_stuck(self) -> bool:
+        """Tell whether something is still being written."""
+        return any(writer.is_alive() for writer in self._writers)
+
+
+class Writer(threading.Thread):
+    """Writes the log to one place."""
+
+    def __init__(self, place: logging.Handler) -> None:
+        super().__init__(name="log", daemon=True)
+        self.records: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_RECORDS)
+        self._place = place
+
+    def run(self) -> None:
+        """Write what comes until `finish`."""
+        while (record := self.records.get()) is not None:
+            self._place.handle(record)
+        with contextlib.suppress(OSError):  # a full disk; nobody is left to tell
+            self._place.close()
+
+    def finish(self) -> None:
+        """Have the thread end behind what is waiting; of a full queue, the oldest line goes."""
+        while True:
+            try:
+                return self.records.put_nowait(None)
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):
+                    self.records.get_nowait()
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """The log in a file that only its owner can read, made anew when it was moved away."""
+
+    @staticmethod
+    def check(file: str) -> None:
+        """Raise `OSError` when a file cannot be logged to."""
+        with open(file, "a", opener=_private):
+            pass
+
+    def reopenIfNeeded(self) -> None:  # noqa: N802
+        """Open the file anew if it was moved away; go on with the old where that fails."""
+        with contextlib.suppress(OSError):
+            if self._was_moved():
+                old, self.stream = self.stream, self._open()
+                self._statstream()
+                if old is not None:
+                    old.close()
+
+    def _was_moved(self) -> bool:
         try:
-            self.enqueue_sentinel()
-        except queue.Full:
-            return False
-        writer.join(STOP_CLOSE)
-        if writer.is_alive():
-            return False
-        for handler in self.handlers:
-            handler.close()
-        return True
+            found = os.stat(self.baseFilename)
+        except FileNotFoundError:
+            return True
+        return (found.st_dev, found.st_ino) != (self.dev, self.ino)
+
+    def _open(self) -> TextIOWrapper:
+        return open(
+            self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=_private
+        )
+
+
+def _private(file: str, flags: int) -> int:
+    """Open a file, and make one that is not there readable by its owner alone."""
+    return os.open(file, flags, 0o600)
+
+
+# TLS.
 
 
 def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
@@ -2962,6 +3348,10 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     for file in filter(None, (options.tls_cert, options.tls_key)):
         with open(file, "rb"):
             pass  # so that an error names the file
+    certificate = pathlib.Path(options.tls_cert).read_text("ascii", "replace")
+    fingerprint = protocol.fingerprint(_der(options.tls_cert, certificate))
+    if options.tls_key is None and "PRIVATE KEY-----" not in certificate:
+        raise Refusal(f"{options.tls_cert} has no key in it; give the key's file with --tls-key")
     try:
         # A key that wants a passphrase is refused, not asked for: nobody may be there.
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
@@ -2970,36 +3360,56 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
             f"cannot use {options.tls_cert} with its key: {error.reason or 'not a certificate'};"
             " give a PEM certificate and its key without a passphrase"
         ) from None
-    log.info("certificate SHA256 fingerprint %s", protocol.fingerprint(_der(options.tls_cert)))
+    log.info("certificate SHA256 fingerprint %s", fingerprint)
     return context
 
 
-def _der(file: str) -> bytes:
+def _der(file: str, text: str) -> bytes:
     """Return the first certificate of a PEM file as its fingerprint is taken of."""
-    text = pathlib.Path(file).read_text("ascii", "replace")
-    begin = text.index("-----BEGIN CERTIFICATE-----")
-    end = text.index("-----END CERTIFICATE-----", begin)
-    return ssl.PEM_cert_to_DER_cert(text[begin:end] + "-----END CERTIFICATE-----")
+    form = r"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----"
+    found = re.search(form, text)
+    try:
+        return ssl.PEM_cert_to_DER_cert(found[0] if found else "")
+    except ValueError:
+        raise Refusal(f"{file} has no certificate in it; give one in PEM form") from None
+
+
+# What went wrong.
+
+
+def _fail(error: Exception, options: argparse.Namespace) -> int:
+    print(f"server.py: {_explain(error, options)}", file=sys.stderr)
+    return 1
 
 
 def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Say what keeps the server from starting and what to do about it."""
     where = f"cannot listen on {options.host} port {options.port}"
-    if isinstance(error, Refusal):
-        return str(error)
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return f"{where}: unknown host; choose an address of this machine with --host"
     if not isinstance(error, OSError):
         return str(error)
     if error.filename:
-        verb = "write" if error.filename == os.path.abspath(options.log_file or "") else "read"
-        return f"cannot {verb} {error.filename}: {error.strerror}; name another file"
+        return f"{_trouble(error, options)}; name another file"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"cannot start: {error.strerror}; allow more of them with ulimit -n"
     remedy = {
         errno.EADDRINUSE: "the port is in use; choose another with --port",
         errno.EADDRNOTAVAIL: "not an address of this machine; choose one with --host",
+        errno.EAFNOSUPPORT: "this machine has no IPv6; choose another with --host",
+        errno.EINVAL: "not whole; say the interface of a link-local one, as in fe80::1%eth0",
         errno.EACCES: "not permitted; choose a port over 1023 with --port",
     }
     return f"{where}: {remedy.get(error.errno or 0, error.strerror)}"
+
+
+def _trouble(error: Exception, options: argparse.Namespace) -> str:
+    """Say what is wrong with a file."""
+    if not isinstance(error, OSError):
+        return str(error)
+    file = error.filename or "a file"
+    is_log = options.log_file and os.path.abspath(file) == os.path.abspath(options.log_file)
+    return f"cannot {'write' if is_log else 'read'} {file}: {error.strerror}"
 
 
 if __name__ == "__main__":

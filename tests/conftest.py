@@ -12,3 +12,7 @@ pytest.register_assert_rewrite("chat")  # its assertions show what they compared
 # Started in the background of a script, tests and the programs they start would ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Under nohup, the programs would ignore SIGHUP.  A handler is not passed on to them, and the
+# tests themselves go on without their terminal.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)

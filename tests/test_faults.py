@@ -141,6 +141,27 @@ def test_connections_reset_before_they_are_accepted() -> None:
             close_peers()
 
 
+def test_a_reset_that_accept_tells_of_is_nothing(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where `accept` fails with the peer's reset or has no address, the next one is accepted."""
+    accept = socket.socket.accept
+    resets = [ConnectionAbortedError(errno.ECONNABORTED, "aborted"), None] * 3
+
+    def accept_or_not(sock: socket.socket) -> object:
+        reset = resets.pop() if resets else None
+        if reset:  # as on BSD
+            raise reset
+        return accept(sock)[0], None if resets else ("127.0.0.1", 1)  # as on macOS
+
+    monkeypatch.setattr(socket.socket, "accept", accept_or_not)
+    for _ in range(3):
+        Peer(room.port)
+    Peer(room.port).join("alice")
+    assert not resets
+    assert "cannot accept" not in caplog.text
+
+
 def test_a_server_that_cannot_listen_leaves_nothing() -> None:
     """A port in use raises `OSError`, and no descriptor stays open."""
     with run_chat() as server:

@@ -70,6 +70,7 @@ def test_the_oldest_without_a_name_makes_room() -> None:
         for peer in unnamed:
             peer.expect("NICK")
         for peer in unnamed[:2]:
+            peer.expect(protocol.TOO_MANY_UNNAMED)
             peer.expect_closed()
         for number, peer in enumerate(unnamed[2:]):
             peer.send(f"peer{number}")
@@ -440,3 +441,152 @@ def test_a_crowded_queue_holds_its_authors_back(monkeypatch: pytest.MonkeyPatch)
         sender.start()
         alice.expect(*(f"alice: {text}" for text in texts))
         sender.join()
+
+
+# --- What is used up stays used up -------------------------------------------
+
+
+def test_coming_anew_is_no_new_allowance() -> None:
+    """Who leaves and comes again, under whatever name, may say no more than who stays."""
+    with run_chat(rate_limit=0.001) as server:
+        witness = Peer(server.port, source="127.0.0.9").join("witness")
+        for name in ("peer0", "peer1"):
+            peer = Peer(server.port).introduce(name)
+            peer.expect_match("-> Welcome.*")
+            peer.send(*(f"line {line}" for line in range(10))).end_input().rest()
+            witness.expect_eventually(f"* {name} left the chat")
+            wait_until(lambda: len(server.clients) == 1, "the place to be free")
+        peer = Peer(server.port).join("peer2").send("may I?")
+        witness.send("you may not").expect_eventually("witness: you may not")
+        assert [line for _, line in server.history.last(100) if line.startswith("peer")] == [
+            f"peer{number}: line {line}" for number in range(2) for line in range(10)
+        ]
+        assert not server.broadcaster.log
+
+
+def test_a_newcomer_goes_on_with_what_is_left_at_the_address() -> None:
+    """After one that said 15 of 20 and left, the next from there has 5, and from elsewhere 20."""
+    with run_chat(rate_limit=0.001) as server:
+        witness = Peer(server.port, source="127.0.0.9").join("witness")
+        alice = Peer(server.port).join("alice")
+        alice.send(*(f"line {number}" for number in range(14)), "/quit").rest()
+        witness.expect_eventually("* alice left the chat")
+        wait_until(lambda: len(server.clients) == 1, "alice to be gone")
+        bob = Peer(server.port).join("bob")
+        bob.send(*(f"line {number}" for number in range(10)))
+        carol = Peer(server.port, source="127.0.0.8").join("carol")
+        carol.send(*(f"line {number}" for number in range(20)))
+        carol.expect_eventually("carol: line 19")
+        lines = witness.lines_until("carol: line 19")
+        assert [line for line in lines if line.startswith("bob: ")] == [
+            f"bob: line {number}" for number in range(5)
+        ]
+
+
+def test_coming_back_by_key_is_no_new_allowance() -> None:
+    """The allowance belongs to who speaks, not to the connection; coming back itself is free."""
+    with run_chat(rate_limit=0.001) as server:
+        witness = Peer(server.port, source="127.0.0.9").join("witness")
+        key = "0123456789abcdef"
+        for number in range(5):
+            alice = Peer(server.port).introduce(f"alice -0 {key}")
+            alice.expect_match("-> Welcome.*")
+            alice.expect_match("-> at .*")
+            alice.send(*(f"turn {number} line {line}" for line in range(12)))
+            if number == 0:
+                alice.expect("* alice joined the chat")
+                alice.expect(*(f"alice: turn 0 line {line}" for line in range(12)))
+        witness.send("done")
+        witness.expect_eventually("alice: turn 1 line 7")
+        witness.expect("witness: done")
+        assert server.names == ["witness", "alice"]
+
+
+def test_joining_has_a_rate_at_each_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many at once from one address the next wait; others, and owners of keys, do not."""
+    monkeypatch.setattr(server_module, "JOINS_BURST", 3)
+    monkeypatch.setattr(server_module, "JOINS", 0.001)
+    key = "0123456789abcdef"
+    with run_chat(rate_limit=5.0) as server:
+        Peer(server.port).introduce(f"alice -0 {key}").expect_match("-> Welcome.*")
+        for name in ("bob", "carol"):
+            Peer(server.port).join(name)
+        waiting = Peer(server.port).introduce("dave")
+        Peer(server.port, source="127.0.0.8").join("erin")
+        back = Peer(server.port).introduce(f"alice -0 {key}")
+        back.expect("-> Welcome back, alice!")
+        assert not waiting.has("-> Welcome")
+        assert server.names == ["alice", "bob", "carol", "erin"]
+
+
+def test_without_a_limit_there_is_none_for_joining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--rate-limit 0` lifts both."""
+    monkeypatch.setattr(server_module, "JOINS_BURST", 1)
+    with run_chat(rate_limit=0.0) as server:
+        for number in range(5):
+            Peer(server.port).join(f"peer{number}")
+        assert len(server.names) == 5
+
+
+def test_a_crowd_of_silent_ones_gives_way_to_others() -> None:
+    """However many come from one address without a name, who comes from another gets in."""
+    with run_chat(max_unnamed=4) as server:
+        slow = Peer(server.port, source="127.0.0.7")
+        slow.expect("NICK")
+        crowd = [Peer(server.port) for _ in range(20)]
+        for peer in crowd[:17]:
+            peer.expect("NICK", protocol.TOO_MANY_UNNAMED)
+            peer.expect_closed()
+        slow.send("carol")
+        slow.expect_eventually("* carol joined the chat")
+
+
+def test_wrong_passwords_slow_each_other_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses from one address wait for each other, the more the longer; other addresses do not."""
+    delays: list[float] = []
+    monkeypatch.setattr(server_module, "WRONG_DELAY", 1000.0)
+    monkeypatch.setattr(server_module, "MAX_DELAY", 5000.0)
+
+    def watch(gate: server_module.Gate, seconds: float) -> None:
+        delays.append(seconds)
+
+    monkeypatch.setattr(server_module.Gate, "pause", watch)
+    with run_chat(password="right") as server:
+        guesser = Peer(server.port).introduce("guesser")
+        for _ in range(2):
+            guesser.expect("PASS")
+            guesser.send("wrong")
+            guesser.expect(protocol.WRONG_PASSWORD)
+        guesser.expect("PASS")
+        guesser.send("wrong")
+        guesser.expect(protocol.NO_MORE_PASSWORDS)
+        waits = [delay for delay in delays if delay != 1000.0]
+        assert waits[0] == 0.0
+        assert 900 < waits[1] < 1000 < waits[2]
+        delays.clear()
+        other = Peer(server.port, source="127.0.0.8").introduce("other")
+        other.expect("PASS")
+        other.send("right")
+        other.expect_eventually("* other joined the chat")
+        assert delays == [0.0]
+
+
+def test_who_has_passed_is_not_slowed_by_others_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner of a key that gave the right password comes back at once, amid wrong guesses."""
+    monkeypatch.setattr(server_module, "WRONG_DELAY", 3600.0)
+    monkeypatch.setattr(server_module, "MAX_DELAY", 3600.0)
+    key = "0123456789abcdef"
+    with run_chat(password="right") as server:
+        for welcome in ("Welcome, alice! .*", "Welcome back, alice!"):
+            alice = Peer(server.port).introduce(f"alice -0 {key}")
+            alice.expect("PASS")
+            alice.send("right")
+            alice.expect_match(f"-> {welcome}")
+            guesser = Peer(server.port).introduce("guesser")
+            guesser.expect("PASS")
+            guesser.send("wrong")
+            wait_until(lambda: server.password._wrong, "the guess to be counted")
+        late = Peer(server.port).introduce("late")
+        late.expect("PASS")
+        late.send("right")
+        assert not late.has("-> Welcome")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import ipaddress
 import re
 import signal
 import socket
@@ -26,6 +28,7 @@ from chat import (
     pair,
     run_briefly,
     run_server,
+    wait_until,
 )
 
 import protocol
@@ -386,21 +389,34 @@ def test_a_console_that_nobody_reads_stops_nothing() -> None:
         alice.expect("* bob joined the chat", "* bob left the chat")
 
 
-def test_the_server_listens_on_ipv6_too() -> None:
-    """`--host ::1` takes people in who come that way."""
-    with socket.socket(socket.AF_INET6) as probe:
-        try:
-            probe.bind(("::1", 0))
-        except OSError:
-            pytest.skip("this machine has no IPv6 loopback")
+def test_an_error_stream_on_a_full_disk_ends_no_server(tmp_path: Path) -> None:
+    """With standard error on a full disk the log file is written, and the status is 0."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    file = tmp_path / "chat.log"
+    command = [sys.executable, str(SERVER), "--port", "0", "--log-file", str(file)]
     with (
-        run_server("--host", "::1") as server,
-        socket.create_connection(("::1", server.port), timeout=DEADLINE) as sock,
-        sock.makefile() as lines,
+        no_leaks(),
+        open("/dev/full", "w") as full,
+        subprocess.Popen(command, stderr=full) as process,
     ):
-        sock.sendall(b"alice\n")
-        assert next(lines) == "NICK\n"
-        assert next(lines).startswith("-> Welcome, alice!")
+        try:
+            wait_until(lambda: file.exists() and "listening on" in file.read_text(), "the log")
+            process.terminate()
+            assert process.wait(STOP) == 0
+        finally:
+            process.kill()
+    assert file.read_text().endswith("INFO stopped\n")
+
+
+def test_a_console_that_nobody_reads_keeps_nothing_from_the_log_file(tmp_path: Path) -> None:
+    """Behind a terminal that is held, the log file goes on."""
+    file = tmp_path / "chat.log"
+    with console("--rate-limit", "0", "--log-file", str(file)) as (_, _, alice):
+        texts = [f"{number} {'x' * 100}" for number in range(2000)]  # more than a pipe holds
+        alice.send(*texts)
+        alice.expect(*(f"alice: {text}" for text in texts))
+        wait_until(lambda: f"alice: {texts[-1]}\n" in file.read_text(), "the last line")
 
 
 def test_it_is_started_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,3 +424,132 @@ def test_it_is_started_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert SERVER.is_absolute()
     assert run_briefly("--version").returncode == 0
+
+
+# --- Few descriptors ---------------------------------------------------------
+
+
+def allow(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the servers of a test started with a limit of open files that they cannot raise."""
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nulimit -n {count}\nexec "{sys.executable}" "$@"\n')
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+def test_few_descriptors_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 64 descriptors there is room for many, and a way in past those who say no name."""
+    allow(64, tmp_path, monkeypatch)
+    with run_server() as server:
+        told = server.expect_log(r"room for (\d+) clients and (\d+) without a name only: 64 ")
+        clients, unnamed = int(told[1]), int(told[2])
+        assert clients >= 20
+        assert unnamed >= 5
+        silent = [Peer(server.port) for _ in range(unnamed - 1)]
+        for peer in silent:
+            peer.expect("NICK")
+        crowd(server.port, clients)
+        Peer(server.port).introduce("late").expect(protocol.ROOM_FULL)
+        silent[0].send("late").expect(protocol.ROOM_FULL)
+        assert "cannot accept" not in server.log()
+
+
+@pytest.mark.parametrize("count", [8, 16, 33])
+def test_too_few_descriptors_are_told(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody could be let in, the server says so and does not start."""
+    allow(count, tmp_path, monkeypatch)
+    reason = rf"cannot start: {count} open files are allowed; .* ulimit -n"
+    expect_failure(1, reason, "--port", "0")
+
+
+# --- All addresses -----------------------------------------------------------
+
+
+@pytest.fixture
+def _ipv6() -> None:
+    """Skip a test where there is no IPv6."""
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6 loopback")
+
+
+def expect_let_in(host: str, port: int, name: str) -> None:
+    """Expect that somebody can join who comes to an address, and leave."""
+    with socket.create_connection((host, port), timeout=DEADLINE) as sock, sock.makefile() as lines:
+        sock.sendall(f"{name}\n/quit\n".encode())
+        assert next(lines) == "NICK\n"
+        assert next(lines).startswith(f"-> Welcome, {name}!")
+        assert [*lines][-1] == "-> bye\n"
+
+
+@pytest.mark.usefixtures("_ipv6")
+def test_the_server_listens_on_ipv6_too() -> None:
+    """`--host ::1` takes people in who come that way."""
+    with run_server("--host", "::1") as server:
+        expect_let_in("::1", server.port, "alice")
+
+
+@pytest.mark.usefixtures("_ipv6")
+def test_all_addresses_are_those_of_both_kinds() -> None:
+    """`--host ::` takes in people over IPv6 and IPv4, and calls each by the own address."""
+    with run_server("--host", "::") as server:
+        for name, host in (("six", "::1"), ("four", "127.0.0.1")):
+            expect_let_in(host, server.port, name)
+            server.expect_log(rf"{name} \({re.escape(host)}:\d+\) joined\n")
+        assert re.search(rf"listening on \[::\]:{server.port}\n", server.log())
+
+
+def test_where_friends_can_reach_it_is_told() -> None:
+    """Listening on all addresses, the server names those by which it can be reached."""
+    with run_server("--host", "0.0.0.0") as server:
+        found = server.expect_log(r"friends can reach it at (\S+), port (\d+)\n|WARNING")
+        if found[1] is None:
+            pytest.skip("this machine is on no network")
+        assert int(found[2]) == server.port
+        expect_let_in(found[1], server.port, "alice")
+
+
+@pytest.mark.parametrize(
+    ("host", "password", "lack"),
+    [
+        ("0.0.0.0", False, "without TLS and without a password"),
+        ("0.0.0.0", True, "without TLS"),
+        ("127.0.0.1", False, ""),
+        ("localhost", False, ""),
+    ],
+)
+def test_an_open_room_is_warned_of(tmp_path: Path, host: str, password: bool, lack: str) -> None:
+    """A room that the network can enter or read along with says so, once; another does not."""
+    file = tmp_path / "password"
+    file.write_text("open sesame\n")
+    options = ["--password-file", str(file)] if password else []
+    with run_server("--host", host, *options) as server:
+        assert server.stop() == 0
+        warnings = re.findall(r"WARNING the room is open to the network (.*); see", server.log())
+        assert warnings == ([lack] if lack else [])
+
+
+def test_a_link_local_address_is_listened_on() -> None:
+    """An address that is one only together with an interface is taken with it."""
+    table = Path("/proc/net/if_inet6")
+    rows = [row.split() for row in table.read_text().splitlines()] if table.exists() else []
+    found = [f"{ipaddress.IPv6Address(int(row[0], 16))}%{row[5]}" for row in rows if row[3] == "20"]
+    if not found:
+        pytest.skip("this machine has no link-local address")
+    with run_server("--host", found[0]) as server:
+        expect_let_in(found[0], server.port, "alice")
+
+
+def test_a_link_local_address_without_its_interface_is_told() -> None:
+    """An address that is one only together with an interface is said to want it."""
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("fe80::1", 0))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                pytest.skip(f"this machine says {error}")
+    expect_failure(1, "cannot listen on fe80::1 port 0: .*%eth0", "--port=0", "--host=fe80::1")

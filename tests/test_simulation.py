@@ -132,8 +132,6 @@ class Log:
 class LenientRoom(Room):
     """A room without rule 6: who claims on a server that is not in comes in."""
 
-    __slots__ = ()
-
     def _claim_anyhow(self, claim: Claim) -> Any:
         known = self.servers
         self.servers = {**known, claim.session >> SERVER_BITS: self.clock}
@@ -147,8 +145,6 @@ class LenientRoom(Room):
 
 class NameRoom(Room):
     """A room without rule 8: a private line is for who has the name by then."""
-
-    __slots__ = ()
 
     def _whispered_by_name(self, whispered: Whispered) -> None:
         name = whispered.text.split()[-1]

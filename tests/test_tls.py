@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import socket
 import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +17,16 @@ import pytest
 from chat import (
     DEADLINE,
     Peer,
+    close_peers,
+    no_leaks,
     run_briefly,
     run_chat,
     run_server,
     wait_until,
 )
-from clients import Shown, flush, say
+from clients import Shown, flush, say, start
 from proxy import RESET, Proxy
-from trust import Certificate, OneAtATime, TlsPeer, ended, make_certificate
+from trust import Certificate, OneAtATime, TlsPeer, ended, make_certificate, openssl
 
 import client
 from client import ChatClient
@@ -280,6 +284,151 @@ def test_certificate_and_key_in_one_file(certificate: Certificate, tmp_path: Pat
     with run_server("--tls-cert", str(both)) as chat_server:
         chat_server.expect_log(re.escape(certificate.fingerprint()))
         TlsPeer(chat_server.port, certificate).join("alice")
+
+
+def test_forgotten_key_is_asked_for(certificate: Certificate) -> None:
+    """A certificate without a key says how to give it."""
+    line = refused("--tls-cert", str(certificate.file))
+    assert "--tls-key" in line
+    assert str(certificate.file) in line
+
+
+def test_certificate_of_another_form_is_refused(certificate: Certificate, tmp_path: Path) -> None:
+    """A certificate that OpenSSL would take, but whose fingerprint cannot be told, is refused."""
+    trusted = tmp_path / "trusted.pem"
+    openssl("x509", "-in", str(certificate.file), "-trustout", "-out", str(trusted))
+    line = refused("--tls-cert", str(trusted), "--tls-key", str(certificate.key))
+    assert "PEM" in line
+    assert str(trusted) in line
+
+
+# --- How it ends -------------------------------------------------------------
+
+
+class StrictPeer(TlsPeer):
+    """A peer to which an end without a goodbye is an error."""
+
+    def __init__(self, port: int, certificate: Certificate) -> None:
+        super().__init__(port, certificate)
+        vars(self.sock)["suppress_ragged_eofs"] = False
+
+    def expect_goodbye(self) -> None:
+        """Read to the end, which must be that of TLS."""
+        while self.sock.recv(65536):
+            pass
+
+
+def test_server_says_goodbye_inside_tls(certificate: Certificate) -> None:
+    """Whoever leaves, is not let in or sees the server end gets TLS's own goodbye."""
+    with run_server(*certificate.options(), "--max-clients", "3") as chat_server:
+        peers = [StrictPeer(chat_server.port, certificate) for _ in range(4)]
+        leaving, staying, unread, late = peers
+        for number, peer in enumerate(peers[:3]):
+            peer.join(f"p{number}")
+        late.send("late")
+        late.expect_goodbye()
+        leaving.send("/quit")
+        leaving.expect_goodbye()
+        unnamed = StrictPeer(chat_server.port, certificate)
+        unnamed.expect("NICK")
+        chat_server.ask_to_end()
+        staying.expect_goodbye()
+        unnamed.expect_goodbye()
+        unread.send(*["what nobody hears"] * 100)
+        unread.expect_goodbye()
+        close_peers()
+        assert chat_server.wait() == 0
+
+
+def test_goodbye_reaches_who_is_still_talking(room: ChatServer, certificate: Certificate) -> None:
+    """What a peer has sent behind its /quit is read away, and resets nothing."""
+    peer = StrictPeer(room.port, certificate)
+    peer.send("alice", "/quit", *["what nobody hears" * 20] * 1000)
+    peer.expect_goodbye()
+    socket.socket.shutdown(peer.sock, socket.SHUT_WR)
+    wait_until(lambda: not room.clients, "the server to close")
+    assert peer.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+
+def test_openssl_finds_nothing_wrong_with_the_end(
+    room: ChatServer, certificate: Certificate
+) -> None:
+    """`openssl s_client`, which calls a cut an error, has none to report."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl command")
+    command = ["openssl", "s_client", "-quiet", "-verify_quiet", "-CAfile", str(certificate.file)]
+    done = subprocess.run(
+        [*command, "-servername", "localhost", "-connect", f"127.0.0.1:{room.port}"],
+        input="alice\n/quit\n",
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.stdout.endswith("-> bye\n")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_client_says_goodbye_inside_tls(certificate: Certificate) -> None:
+    """A client that is ended ends its TLS, and its server need not guess."""
+    options = ["--name", "alice", "--tls-ca", str(certificate.file)]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(DEADLINE)
+        with start(listener.getsockname()[1], *options) as process:
+            sock, _ = listener.accept()
+            sock.settimeout(DEADLINE)
+            with certificate.server().wrap_socket(
+                sock, server_side=True, suppress_ragged_eofs=False
+            ) as inside:
+                inside.sendall(b"NICK\n")
+                assert inside.recv(1024).startswith(b"alice ")
+                process.terminate()
+                while inside.recv(1024):
+                    pass
+            assert process.wait(DEADLINE) == 0
+
+
+def test_input_that_is_cut_costs_nobody_the_echo(
+    room: ChatServer, certificate: Certificate
+) -> None:
+    """Whoever's input ends without TLS's goodbye still gets all that it said, every time."""
+    for number in range(20):
+        peer = TlsPeer(room.port, certificate)
+        peer.send(f"p{number}", "one", "two")
+        socket.socket.shutdown(peer.sock, socket.SHUT_WR)
+        assert peer.rest()[-2:] == [f"p{number}: one", f"p{number}: two"]
+
+
+@pytest.mark.parametrize("begun", [b"", b"\x16\x03\x01\x00\xc8\x01", b"hello\n"])
+def test_connections_reset_in_the_queue_are_nothing_to_others(
+    certificate: Certificate, caplog: pytest.LogCaptureFixture, begun: bytes
+) -> None:
+    """However many are reset before they are accepted, inside TLS too accepting goes on."""
+    with no_leaks():
+        chat_server = ChatServer(port=0, tls=certificate.server())
+        for _ in range(60):
+            Peer(chat_server.port).send_raw(begun).vanish()
+        with chat_server, ThreadPoolExecutor(1) as pool:
+            alice = pool.submit(TlsPeer, chat_server.port, certificate).result()
+            alice.join("alice")
+            wait_until(lambda: len(chat_server.clients) == 1, "the lost ones to be forgotten")
+            close_peers()
+    assert "cannot accept" not in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_connections_reset_just_after_accept_are_nothing_to_others(
+    room: ChatServer, certificate: Certificate, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whenever a connection is reset, it is the only one that is lost."""
+    alice = TlsPeer(room.port, certificate).join("alice")
+    for _ in range(100):
+        Peer(room.port).vanish()
+        Peer(room.port).send_raw(b"\x16\x03\x01").vanish()
+    TlsPeer(room.port, certificate).join("bob")
+    alice.expect("* bob joined the chat")
+    wait_until(lambda: len(room.clients) == 2, "the lost ones to be forgotten")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 # --- Many at once ------------------------------------------------------------
