@@ -46,6 +46,7 @@ A client's life, as its thread sees it and as the broadcaster does:
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import enum
@@ -53,6 +54,7 @@ import errno
 import functools
 import gc
 import hashlib
+import importlib
 import ipaddress
 import itertools
 import json
@@ -63,6 +65,7 @@ import os
 import pathlib
 import queue
 import re
+import secrets
 import selectors
 import signal
 import socket
@@ -125,6 +128,23 @@ ROWS = 199  # lines inserted by a statement, five values each; older SQLites tak
 PAGE = 500  # lines read from the file at once for who is behind
 CHUNK = 1024  # lines given to a client at once: 50 KB as people write, 1.2 MB at the most
 MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
+# On several machines.
+UNANSWERED = 5.0  # seconds until a database that does not answer is given up, for the next
+CONNECT = 5.0  # seconds to connect to one
+AGAIN = 0.25  # seconds until the next is tried
+TELL_WAITING = 2.0  # seconds without an answer until people are told that the room waits
+EMPTY_ROUND = 2.0  # seconds after which a round is due, with nothing in it if need be
+PACE = 0.005  # seconds between the starts of two rounds of a server in a busy room, at least
+CONFIRM = 1.0  # seconds between two looks at which private lines have come
+POINT_ROUNDS = 5000  # rounds after which a point is due
+POINT_LINES = 20_000  # lines after which it is: less than may be in memory alone
+POINT_SECONDS = 60.0  # seconds after which it is, while private text may stand behind it
+POINT_PAGE = 5000  # lines put into the table by one statement
+KEEP_LOOK = 1.0  # seconds between two looks whether a point is due
+TRIM_SECONDS = 60  # that a round is kept at least
+FORGET_SERVERS = 86_400  # seconds that the last batch of a server is remembered
+READ_ALL = 60.0  # seconds that reading or writing very much may take
+LOCK = 1_128_816_980  # "Chat", for what only one server does at a time
 # On the console.
 MAX_RECORDS = 10_000  # of the log, waiting to be written; more are dropped
 SPARE_DESCRIPTORS = 32  # kept free for the listener, the log and the broadcaster
@@ -191,7 +211,7 @@ class ChatServer:
         self._listener = _listen_on(host, port)
         self.host, self.port = self._listener.getsockname()[:2]
         try:
-            self.history = History(fmt) if history is None else FileHistory(history, fmt)
+            self.history = open_history(history, fmt)
         except BaseException:
             self._listener.close()
             raise
@@ -199,7 +219,6 @@ class ChatServer:
         self.allowances = Allowances(self.limits.rate_limit)
         self.broadcaster = Broadcaster(self.history)
         self.stopping = threading.Event()
-        self._sessions = itertools.count(1)
         self._waker = Waker()
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
@@ -298,7 +317,7 @@ class ChatServer:
         host, port = protocol.escape(address[0].removeprefix("::ffff:")), address[1]
         try:
             connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
-            client = Client(self, next(self._sessions), connection, f"{host}:{port}")
+            client = Client(self, self.broadcaster.log.new_session(), connection, f"{host}:{port}")
         except OSError as error:  # reset by now: its own affair
             log.info("unnamed (%s:%d) left: %s", host, port, error)
             return sock.close()
@@ -402,7 +421,7 @@ class Connections:
     def _check_space(self, client: Client, room: Room) -> None:
         assert self._is_locked()
         undecided = sum(other.session not in room.sessions for other in self._claiming)
-        if len(room.stays) + undecided >= self.limits.max_clients:
+        if room.count(client.session >> SERVER_BITS) + undecided >= self.limits.max_clients:
             raise Farewell("the room is full", protocol.ROOM_FULL)
         self._check_address(client)
 
@@ -986,6 +1005,7 @@ class Turn(NamedTuple):
 
     server: int
     time: float
+    number: int = 0
 
 
 class Entered(NamedTuple):
@@ -1008,6 +1028,18 @@ class Got(NamedTuple):
     whispers: int
 
 
+class Restored(NamedTuple):
+    """A server goes on from what another has written down of the room."""
+
+    state: dict[str, Any]
+
+
+class Noted(NamedTuple):
+    """The server has something to say to all of its clients, outside of the room."""
+
+    line: str
+
+
 class Asked(NamedTuple):
     """Somebody asks what only the room can tell: "names" or "bans"."""
 
@@ -1024,7 +1056,7 @@ class Answered(NamedTuple):
 
 Entry = (
     Claim | Said | Whispered | Renamed | Left | Lost | Promoted | Kicked | Banned | Unbanned
-    | Passed | Turn | Entered | Ended | Got | Asked | Answered
+    | Passed | Turn | Entered | Ended | Got | Restored | Noted | Asked | Answered
 )  # fmt: skip
 
 
@@ -1166,6 +1198,7 @@ class Room:
         self.sessions: dict[int, int] = {}
         self.mail: dict[str, Mail] = {}  # by key
         self.departed: dict[str, str] = {}  # addresses of who left last, by folded name
+        self.number = 0  # of the last round of several servers
         # When each of several had its last round, the oldest first; changed in a copy.
         self.servers: dict[int, float] = {}
         # Of a draft alone: what the round makes, and whether its lines can be stored.
@@ -1215,6 +1248,12 @@ class Room:
         """Return the names of all who are here, in the order in which they joined."""
         return [stay.name for stay in self.stays.values()]
 
+    def count(self, server: int) -> int:
+        """Return how many are here who joined at one of several servers."""
+        if not self.servers:
+            return len(self.stays)
+        return sum(number >> SERVER_BITS == server for number in self.stays)
+
     def by_session(self, session: int) -> Stay | None:
         """Return the stay of a connection, if it counts."""
         return self.stays.get(self.sessions.get(session, 0))
@@ -1233,6 +1272,7 @@ class Room:
             "end": self.end, "time": self.time, "clock": self.clock, "mail": mail,
             "bans": [[*ban] for ban in self.bans], "stays": [[*one] for one in self.stays.values()],
             "departed": self.departed, "servers": [[*one] for one in self.servers.items()],
+            "number": self.number,
         }  # fmt: skip
 
     @classmethod
@@ -1240,7 +1280,7 @@ class Room:
         """Return the room of which this is the state."""
         room = cls(state["end"], [Ban(*ban) for ban in state["bans"]], fmt=fmt, durable=True)
         room.time, room.clock = state["time"], state["clock"]
-        room.departed = dict(state["departed"])
+        room.departed, room.number = dict(state["departed"]), state["number"]
         room.servers = dict(state["servers"])
         for stay in state["stays"]:
             room._enter(Stay(*stay))
@@ -1390,6 +1430,7 @@ class Room:
 
     def _turned(self, turn: Turn) -> None:
         """Let the log's clock move, and end what it ends before the round counts."""
+        self.number = turn.number
         self.clock += min(max(0.0, turn.time - self.time), MAX_STEP)
         self.time = max(self.time, turn.time)
         over = []
@@ -1430,6 +1471,17 @@ class Room:
                 self._hold(stay)
             else:
                 self._leave(stay, protocol.left(stay.name))
+
+    def _restored(self, restored: Restored) -> None:
+        """Become another room; who is connected here has to come again."""
+        for session in self.sessions:
+            self.effects.append(End(session, self.end, Ending.REPLACED, "the server begins anew"))
+        kept = {name: getattr(self, name) for name in ("effects", "lines", "keeps", "is_shared")}
+        vars(self).update(vars(Room.restored(restored.state, self.fmt)), **kept)
+
+    def _noted(self, noted: Noted) -> None:
+        for session in self.sessions:
+            self._answer(session, noted.line)
 
     def _got(self, got: Got) -> None:
         stay = self._of(got)
@@ -1587,12 +1639,13 @@ class Room:
         return self.stays[number]
 
     # Of the room but its end, or they see to it themselves: most rounds copy nothing.
-    _CHANGES_NOTHING = (Said, Answered, Asked, Turn)
+    _CHANGES_NOTHING = (Said, Answered, Asked, Turn, Noted)
     _VERBS: ClassVar[dict[type, Callable[[Room, Any], Any]]] = {
         Said: _said, Whispered: _whispered, Answered: _answered, Asked: _asked,
         Claim: _claim, Renamed: _renamed, Left: _left, Lost: _lost, Passed: _passed,
         Promoted: _promoted, Kicked: _kicked, Banned: _banned, Unbanned: _unbanned,
-        Turn: _turned, Entered: _entered, Ended: _ended, Got: _got,
+        Turn: _turned, Entered: _entered, Ended: _ended, Got: _got, Restored: _restored,
+        Noted: _noted,
     }  # fmt: skip
 
 
@@ -1633,6 +1686,7 @@ class Handed(NamedTuple):
     output: Output | None = None  # of who claims a place: to follow the room if it is given
     reserved: Gate | None = None  # where a line for one client has a place reserved
     size: int = 0  # of that line, in bytes
+    is_ours: bool = False  # on several machines: it comes back from the log
 
     @property
     def lines(self) -> int:
@@ -1653,7 +1707,8 @@ class EntryLog:
         self._applied = 0  # entries whose round has ended
         self._crowd: list[Gate] = []  # whose threads wait for space
         self._closed = False  # nothing is handed in any more
-        self._lock = threading.Lock()  # guards all of the above but the waker
+        self._sessions = itertools.count(1)
+        self._lock = threading.Lock()  # guards all of the above but the waker and the sessions
 
     def __len__(self) -> int:
         """Return how many entries wait for a round."""
@@ -1711,6 +1766,22 @@ class EntryLog:
             crowd, self._crowd = self._crowd, []
         for gate in crowd:
             gate.ring()
+
+    def new_session(self) -> int:
+        """Return the number of a connection that is new."""
+        return next(self._sessions)
+
+    def until(self, moment: float) -> float:
+        """Return the seconds until the room's clock comes to a moment of its own accord."""
+        return moment - time.time()
+
+    def start(self) -> None:
+        """Be ready for entries."""
+        return
+
+    def stop(self) -> None:
+        """Be done; nothing is taken any more."""
+        return
 
     def close(self) -> None:
         """Take no more entries."""
@@ -1820,8 +1891,9 @@ class Output:
     """
 
     __slots__ = (
-        "connection", "data", "fetching", "gate", "in_flight", "outbox", "parts_at", "patience",
-        "position", "reason", "released", "sent", "session", "until", "watched",
+        "confirmed", "connection", "data", "fetching", "gate", "in_flight", "outbox", "parts_at",
+        "patience", "position", "reason", "released", "sent", "session", "until", "watched",
+        "whispers",
     )  # fmt: skip
 
     def __init__(self, session: int, connection: Connection) -> None:
@@ -1833,6 +1905,8 @@ class Output:
         self.sent = 0  # bytes of that which its socket has taken
         self.in_flight = 0  # lines in it that are for this client alone
         self.outbox: list[tuple[int, bytes]] = []  # such lines, by position
+        self.whispers = 0  # private lines that it was ever given, under its key
+        self.confirmed = 0  # of which the room knows that they have come
         self.fetching = False  # what it gets next is being read from the file
         self.watched = False  # its socket is full; the selector tells when it is not
         self.until: int | None = None  # it leaves, and gets nothing from here on
@@ -1856,8 +1930,9 @@ class Output:
         """Put under way what is for this client alone and belongs here; tell if there is any."""
         count = sum(1 for position, _ in self.outbox if position <= self.position)
         if count:
-            self.data = b"".join(line for _, line in self.outbox[:count])
-            self.in_flight = count
+            lines = [line for _, line in self.outbox[:count]]
+            self.data, self.in_flight = b"".join(lines), count
+            self.whispers += sum(map(protocol.is_private, lines))
             del self.outbox[:count]
         return count > 0
 
@@ -1888,7 +1963,7 @@ class Broadcaster:
         self.room = Room(history.end, history.bans(), fmt=history.fmt, durable=history.durable)
         self.outputs: dict[int, Output] = {}  # by session, who is in the room
         self._waker = Waker()
-        self.log = EntryLog(self._waker)
+        self.log = open_log(self, self._waker)
         self._pager = Pager(history, self._waker)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._waker, selectors.EVENT_READ, None)
@@ -1909,6 +1984,7 @@ class Broadcaster:
         """Start the thread, and who reads the file for it."""
         self._thread.start()
         self._pager.start()
+        self.log.start()
 
     def stop(self) -> None:
         """Deliver what was handed in, tell everyone, and end the thread."""
@@ -1916,6 +1992,7 @@ class Broadcaster:
         self._stop_at = time.monotonic() + STOP_DELIVER
         self._waker.wake()
         self._thread.join()
+        self.log.stop()
         self._pager.stop()
 
     def close(self) -> None:
@@ -1954,7 +2031,7 @@ class Broadcaster:
             timeout = 0.0
         else:
             now = time.monotonic()
-            ends = [self._stop_at, self._look_at, now + self.room.deadline - time.time()]
+            ends = [self._stop_at, self._look_at, now + self.log.until(self.room.deadline)]
             ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
                 timeout = max(0.0, first - now)
@@ -2007,7 +2084,7 @@ class Broadcaster:
         self._waker.clear()  # before taking, or what comes in between wakes nobody
         batch = self.log.take()
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
-        if self.room.deadline <= time.time():
+        if self.log.until(self.room.deadline) <= 0:
             batch.append(Handed(Passed(time.time())))
         if self._pager.pages:
             self._take_pages()
@@ -2070,8 +2147,8 @@ class Broadcaster:
     def _carry_out(self, effect: Effect, claims: dict[int, Output]) -> None:
         """Do for one client what the room has decided."""
         if isinstance(effect, Begin):
-            output: Output | None = claims[effect.session]
-            assert output is not None
+            if (output := claims.get(effect.session)) is None:  # another server's
+                return
             self._begin(output, effect)
         elif (output := self.outputs.get(effect.session)) is None:
             return
@@ -2096,6 +2173,7 @@ class Broadcaster:
             lines.append(protocol.missed_private(begin.missed_private))
         for line in lines:
             output.enqueue(start, _encoded(line, self.history.fmt))
+        output.whispers = output.confirmed = begin.whispers
         for position, data in begin.mail:
             output.enqueue(min(position, end), data)
         self.outputs[output.session] = output
@@ -2361,7 +2439,7 @@ def obey(client: Client, line: bytes) -> None:
         client.answer(protocol.usage(verb))
     except Refusal as refusal:
         client.answer(protocol.not_sent(refusal))
-    except sqlite3.Error as error:
+    except (sqlite3.Error, Away) as error:
         log.error("cannot read the history: %s", error)
         client.answer(protocol.UNREADABLE)
 
@@ -2617,6 +2695,14 @@ class History:
     def close(self) -> None:
         """End the history; nothing is appended any more."""
         return
+
+
+def open_history(where: str | None, fmt: str) -> History:
+    """Return the history that an option names; raise `HistoryError`."""
+    if where is None:
+        return History(fmt)
+    shared = where.startswith(("postgresql://", "postgres://"))
+    return SharedHistory(where, fmt) if shared else FileHistory(where, fmt)
 
 
 class FileHistory(History):
@@ -2969,6 +3055,11 @@ class Follower:
         """Return what to apply of rows that others have appended; raise `Over`."""
         return self._next(rows) if self._is_current and self.number is not None else []
 
+    def abandoned(self) -> list[Handed]:
+        """Return what was under way, now that this part is over."""
+        handed, self._under_way = self._under_way or [], None
+        return [one for one in handed if one.is_ours]
+
     def _next(self, rows: list[Row]) -> list[Handed]:
         """Return what the rows that were not given yet say, in their order."""
         assert self.number is not None
@@ -2978,7 +3069,7 @@ class Follower:
                 continue
             if row.number != self.number + 1:
                 raise Over  # what is missing was trimmed away
-            handed.append(Handed(Turn(row.server, row.time)))
+            handed.append(Handed(Turn(row.server, row.time, row.number)))
             if (row.server, row.batch) == (self.server, self._batch):
                 handed += self._under_way or ()
                 self._under_way = None
@@ -2986,6 +3077,895 @@ class Follower:
                 handed += map(Handed, decode_entries(row.entries, self.fmt))
             self.number, self._last = row.number, (row.server, row.batch)
         return handed
+
+
+class Away(Exception):
+    """The database gives no answer that counts; what was asked may be done or not."""
+
+
+class Database:
+    """A connection to whichever of a database's hosts answers; the own thing of one thread.
+
+    It waits for no answer longer than it is told to, which the driver's own calls cannot
+    promise: what waits for a standby is ended by nothing but the end of the connection.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            self._pq: Any = importlib.import_module("psycopg.pq")
+            conninfo: Any = importlib.import_module("psycopg.conninfo")
+            self._error: type[Exception] = importlib.import_module("psycopg").Error
+        except ImportError:
+            raise HistoryError(
+                "a history in PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
+            ) from None
+        try:
+            options = conninfo.conninfo_to_dict(address)
+        except self._error as error:
+            raise HistoryError(f"--history: {_last_line(str(error))}") from None
+        if options.get("password"):
+            raise HistoryError(
+                "leave the password out of --history, where all can see it on this machine;"
+                " PostgreSQL takes it from a file, PGPASSFILE or ~/.pgpass"
+            )
+        self._link: Any = None
+        self._is_cancelled = False  # the server has warned that a wait for a standby was ended
+        self._hosts = [conninfo.make_conninfo(**host).encode() for host in _hosts(options)]
+        self._tried = 0  # hosts, ever
+        where = ",".join(str(host.get("host", "localhost")) for host in _hosts(options))
+        self.shown = f"postgresql://{where}/{options.get('dbname', '')}"
+
+    @property
+    def hosts(self) -> int:
+        """How many there are to try."""
+        return len(self._hosts)
+
+    def connect(self, seconds: float, tick: Callable[[], None] = lambda: None) -> None:
+        """Connect to the next host; raise `Away`."""
+        self.close()
+        deadline = time.monotonic() + seconds
+        host = self._hosts[self._tried % len(self._hosts)]
+        self._tried += 1
+        self._link = link = self._pq.PGconn.connect_start(host)
+        polling = self._pq.PollingStatus
+        state = polling.WRITING
+        while state != polling.OK:
+            if state == polling.FAILED:
+                raise Away(self._failure())
+            self._wait(deadline, tick, writable=state == polling.WRITING)
+            state = link.connect_poll()
+        link.nonblocking = 1
+        link.notice_handler = self._note
+        self.execute("SET synchronous_commit = on", seconds=seconds)
+        self.execute("SET default_transaction_isolation = 'read committed'", seconds=seconds)
+
+    def stay_connected(self, seconds: float) -> None:
+        """Try each host once again; return when one answers; raise `Away`."""
+        for left in reversed(range(self.hosts)):
+            try:
+                self.connect(seconds)
+                break
+            except Away:
+                if not left:
+                    raise
+
+    def execute(
+        self,
+        statement: str,
+        *values: object,
+        seconds: float = 5.0,
+        tick: Callable[[], None] = lambda: None,
+    ) -> list[tuple[str, ...]]:
+        """Have one statement done and return its rows; raise `Away`.
+
+        `tick` is called now and then while it waits.
+        """
+        deadline = time.monotonic() + seconds
+        self._is_cancelled = False
+        link = self._link
+        if link is None:
+            raise Away("there is no connection")
+        try:
+            link.send_query_params(statement.encode(), [str(value).encode() for value in values])
+            while unsent := link.flush():
+                self._wait(deadline, tick, writable=bool(unsent))
+                link.consume_input()
+            results = []
+            while True:
+                while link.is_busy():
+                    self._wait(deadline, tick)
+                    link.consume_input()
+                if (result := link.get_result()) is None:
+                    break
+                results.append(result)
+        except self._error:
+            raise Away(self._failure()) from None
+        return self._rows(results)
+
+    def is_notified(self) -> bool:
+        """Tell whether somebody has appended since the last time; raise `Away`."""
+        try:
+            self._link.consume_input()
+            count = 0
+            while self._link.notifies():
+                count += 1
+        except self._error:
+            raise Away(self._failure()) from None
+        return count > 0
+
+    def wait(self, waker: Waker, seconds: float) -> None:
+        """Wait until the database or the waker has something to tell."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._link.socket, selectors.EVENT_READ)
+            selector.register(waker, selectors.EVENT_READ)
+            selector.select(max(0.0, seconds))
+
+    @property
+    def process(self) -> str:
+        """The number of the server's process, as it was told when connecting."""
+        return str(self._link.backend_pid)
+
+    @property
+    def version(self) -> int:
+        """The server's version, 150004 for 15.4."""
+        return int(self._link.server_version)
+
+    def close(self) -> None:
+        """End the connection, whatever it waits for."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.finish()
+
+    def _wait(self, deadline: float, tick: Callable[[], None], writable: bool = False) -> None:
+        """Wait for the socket; raise `Away` at the deadline."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writable else 0)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._link.socket, events)
+            while not selector.select(min(0.25, max(0.0, deadline - time.monotonic()))):
+                tick()
+                if time.monotonic() > deadline:
+                    raise Away("it does not answer")
+
+    def _rows(self, results: list[Any]) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = []
+        for result in results:
+            if result.status not in (self._pq.ExecStatus.TUPLES_OK, self._pq.ExecStatus.COMMAND_OK):
+                if result.error_field(self._pq.DiagnosticField.SQLSTATE) == OTHER_RULES.encode():
+                    raise HistoryError(f"{self.shown} is used by another version; use that one")
+                raise Away(_last_line(result.error_message.decode("utf-8", "replace")))
+            for row in range(result.ntuples):
+                values = (result.get_value(row, column) for column in range(result.nfields))
+                rows.append(tuple((value or b"").decode() for value in values))
+        if self._is_cancelled:
+            raise Away("a wait for a standby was cancelled there")
+        return rows
+
+    def _note(self, notice: Any) -> None:
+        """Take a warning for what it is: what was committed may be nowhere else."""
+        severity = notice.error_field(self._pq.DiagnosticField.SEVERITY_NONLOCALIZED)
+        if severity == b"WARNING":
+            self._is_cancelled = True
+
+    def _failure(self) -> str:
+        """Say what went wrong, in one line that has nothing secret in it."""
+        return _last_line(self._link.error_message.decode("utf-8", "replace"))
+
+
+def _hosts(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the options for each host of several; they are tried in turn, by us."""
+    common = {
+        "target_session_attrs": "read-write", "client_encoding": "UTF8", "connect_timeout": "5",
+        "application_name": "chat",
+    }  # fmt: skip
+    options = {**options, **common}
+    hosts = str(options.get("host", "")).split(",")
+    ports = str(options.get("port", "")).split(",")
+    if hosts == [""]:
+        return [options]
+    ports *= len(hosts) if len(ports) == 1 else 1
+    pairs = zip(hosts, ports, strict=True)
+    return [{**options, "host": host, "port": port or "5432"} for host, port in pairs]
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines() or ["no reason was given"]
+    return protocol.escape(lines[0].rpartition("FATAL:  ")[2].removeprefix("ERROR:  "), "utf-8")
+
+
+APPLICATION = "classic-chat"  # the comment on the tables' schema
+RULES = 1  # the version of the tables, and of what a round does to a room
+OTHER_RULES = "CH001"
+TABLES = """
+    CREATE SCHEMA chat;
+    COMMENT ON SCHEMA chat IS 'classic-chat';
+    CREATE TABLE chat.room (
+        number bigint NOT NULL, touched bigint NOT NULL, rules int NOT NULL, format text NOT NULL
+    ) WITH (fillfactor = 10);
+    CREATE TABLE chat.servers (
+        server bigint PRIMARY KEY, batch bigint NOT NULL, time double precision NOT NULL
+    );
+    CREATE TABLE chat.rounds (
+        number bigint PRIMARY KEY, time double precision NOT NULL, server bigint NOT NULL,
+        batch bigint NOT NULL, entries text NOT NULL
+    );
+    CREATE TABLE chat.points (
+        number bigint PRIMARY KEY, time double precision NOT NULL, position bigint NOT NULL,
+        state text NOT NULL
+    );
+    CREATE TABLE chat.lines (
+        position bigint PRIMARY KEY, time double precision NOT NULL,
+        kind text NOT NULL, name text NOT NULL, text text NOT NULL
+    );
+    CREATE FUNCTION chat.append(
+        rules_ int, server_ bigint, batch_ bigint, entries_ text, after_ bigint
+    ) RETURNS SETOF chat.rounds LANGUAGE plpgsql AS $$
+    DECLARE
+        last bigint;
+        now_ double precision;
+        added int := 0;
+    BEGIN
+        -- Whoever holds this row is alone, to the end of the commit: numbers have no gaps.
+        SELECT number INTO last FROM chat.room WHERE rules = rules_ FOR UPDATE;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'another version of the rules' USING ERRCODE = 'CH001';
+        END IF;
+        now_ := extract(epoch FROM clock_timestamp());
+        INSERT INTO chat.servers AS known VALUES (server_, batch_, now_)
+            ON CONFLICT (server) DO UPDATE SET batch = batch_, time = now_
+            WHERE known.batch < batch_;
+        IF FOUND THEN
+            added := 1;
+            INSERT INTO chat.rounds VALUES (last + 1, now_, server_, batch_, entries_);
+            PERFORM pg_notify('chat', '');
+        END IF;
+        -- Also what was there already is written for, so that its answer waits for the standby.
+        UPDATE chat.room SET number = last + added, touched = touched + 1;
+        RETURN QUERY SELECT * FROM chat.rounds WHERE rounds.number > after_ ORDER BY 1;
+    END $$;
+"""
+READ_ROWS = "SELECT number, time, server, batch, entries FROM"
+
+
+def prepare(database: Database, fmt: str) -> None:
+    """Make the tables if they are not there; raise `HistoryError` if they are not ours."""
+    try:
+        database.stay_connected(CONNECT)
+        if database.version < 150_000:
+            raise HistoryError(f"{database.shown} is older than PostgreSQL 15; use a newer one")
+        if database.execute("SELECT pg_backend_pid()") != [(database.process,)]:
+            raise HistoryError(f"{database.shown} is a pooler; name PostgreSQL's own address")
+        database.execute("BEGIN")
+        database.execute(f"SELECT pg_advisory_xact_lock({LOCK})")
+        found = database.execute(
+            "SELECT coalesce(obj_description(oid, 'pg_namespace'), '') FROM pg_namespace"
+            " WHERE nspname = 'chat'"
+        )
+        if not found:
+            _make_tables(database, fmt)
+        elif found != [(APPLICATION,)]:
+            raise HistoryError(f"{database.shown} has a chat of another program; choose another")
+        [(rules, its_format)] = database.execute("SELECT rules, format FROM chat.room")
+        database.execute("COMMIT")
+    except Away as error:
+        remedy = "see that PostgreSQL runs there and lets this program in"
+        raise HistoryError(f"cannot use {database.shown}: {error}; {remedy}") from None
+    finally:
+        database.close()
+    if rules != str(RULES):
+        raise HistoryError(f"{database.shown} is used by another version; use that one")
+    if its_format != fmt:
+        raise HistoryError(f"{database.shown} is in {its_format}; start with --format {its_format}")
+
+
+def _make_tables(database: Database, fmt: str) -> None:
+    # One statement at a time, as the protocol has it; the function is the last, and one.
+    tables, create, function = TABLES.partition("CREATE FUNCTION")
+    for statement in [*filter(str.strip, tables.split(";")), create + function]:
+        database.execute(statement)
+    database.execute("INSERT INTO chat.room VALUES (0, 0, $1, $2)", RULES, fmt)
+    now = time.time()
+    state = json.dumps(Room(int(now * 1000), fmt=fmt, durable=True).state())
+    end = json.loads(state)["end"]
+    database.execute("INSERT INTO chat.points VALUES (0, $1, $2, $3)", now, end, state)
+
+
+class Beginning(NamedTuple):
+    """What a server goes on from: a point, what stands behind it, and the last lines."""
+
+    number: int
+    state: dict[str, Any]
+    rows: list[Row]
+    oldest: int
+    lines: list[bytes]
+    times: list[float]
+
+
+class SharedHistory(History):
+    """A history in a database that several servers have: the room is all of them.
+
+    The broadcaster appends what is in the log already; a point puts it into a table, and
+    only then may it leave memory.  Who is far behind and who searches is served from
+    there.  Raise `HistoryError` when the database cannot be used.
+    """
+
+    def __init__(self, address: str, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
+        super().__init__(fmt, retained)
+        self.address = address
+        self.first = self._oldest = self._kept = 0  # until it begins
+        self.time = 0.0  # of what is appended next
+        self.busy = 0  # the number of the last round in which anything happened
+        self._pages, self._questions = Database(address), Database(address)
+        self._reading = threading.Lock()  # guards the questions: one at a time
+        self._over = threading.Event()
+        prepare(self._questions, fmt)
+
+    @property
+    def oldest(self) -> int:
+        """The first position in the table."""
+        return self._oldest
+
+    def begin(self, beginning: Beginning) -> None:
+        """Go on from somewhere else; the broadcaster's."""
+        with self._lock:
+            end = beginning.state["end"]
+            self.first, self._lines = end - len(beginning.lines), beginning.lines
+            self._times, self._oldest, self._kept = beginning.times, beginning.oldest, end
+
+    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+        """Give lines their positions; where they are kept is the log."""
+        with self._lock:
+            self._lines += lines
+            self._times += [self.time] * len(lines)
+            excess = max(0, min(len(self._lines) - self.retained, self._kept - self.first))
+            del self._lines[:excess], self._times[:excess]
+            self.first += excess
+
+    def kept_to(self, position: int) -> None:
+        """Know that all before a position is in the table."""
+        with self._lock:
+            self._kept = max(self._kept, position)
+
+    def between(self, position: int, end: int) -> list[list[Any]]:
+        """Return lines as the table has them."""
+        with self._lock:
+            start = max(position, self.first)
+            some = slice(start - self.first, end - self.first)
+            rows = zip(self._times[some], self._lines[some], strict=True)
+        return [
+            [number, when, *protocol.parts(line.decode(self.fmt))]
+            for number, (when, line) in enumerate(rows, start)
+        ]
+
+    def fetch(self, position: int, end: int) -> list[bytes]:
+        """Return at most `PAGE` lines from the table, as soon as the database answers."""
+        while not self._over.is_set():
+            try:
+                rows = _ask(
+                    self._pages,
+                    "SELECT kind, name, text FROM chat.lines"
+                    f" WHERE position >= $1 AND position < $2 ORDER BY position LIMIT {PAGE}",
+                    position,
+                    end,
+                )
+                return [_line(*row).encode(self.fmt) for row in rows]
+            except Away:
+                self._over.wait(AGAIN)
+        return []
+
+    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
+        """Return the last `count` lines of all that was ever said; raise `Away`."""
+        first = self.first
+        found = super().last(count, word)
+        if len(found) < count and first > self._oldest:
+            with self._reading:
+                rows = _ask(
+                    self._questions,
+                    "SELECT time, kind, name, text FROM chat.lines WHERE position < $1 AND"
+                    " (position(lower($2) IN lower(name)) > 0"
+                    " OR position(lower($2) IN lower(text)) > 0)"
+                    " ORDER BY position DESC LIMIT $3",
+                    first,
+                    word,
+                    count - len(found),
+                )
+            found = [(float(when), _line(*row)) for when, *row in reversed(rows)] + found
+        return found
+
+    def give_up(self) -> None:
+        """Have nothing wait for the database any more."""
+        self._over.set()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pages.close()
+        self._questions.close()
+
+
+def _ask(database: Database, statement: str, *values: object) -> list[tuple[str, ...]]:
+    """Ask on a connection that is kept, or on a new one if it broke; raise `Away`."""
+    try:
+        return database.execute(statement, *values)
+    except Away:
+        try:
+            database.stay_connected(CONNECT)
+            return database.execute(statement, *values)
+        except Away:
+            database.close()
+            raise
+
+
+class Arrival(NamedTuple):
+    """Something for the broadcaster to apply, in its order."""
+
+    handed: list[Handed]
+    beginning: Beginning | None = None  # it goes on from there
+
+
+class SharedLog(EntryLog):
+    """The log of a room that several servers have: rounds in a database.
+
+    A thread of its own appends what was handed in here, a round at a time, and reads what
+    there is.  What concerns only one client waits with what that client handed in before,
+    and is applied at once if there is nothing.
+    """
+
+    def __init__(self, broadcaster: Broadcaster, history: SharedHistory, waker: Waker) -> None:
+        super().__init__(Waker())  # wakes the thread that follows the log
+        self._broadcaster = broadcaster
+        self._history = history
+        self._room_waker = waker
+        self._pending: Counter[int] = Counter()  # entries that wait or are under way, by session
+        self._unapplied = 0  # of those, all together
+        self._arrived: deque[Arrival] = deque()
+        self._is_waiting = False  # the database is away for longer than people can be left alone
+        # Guarded by the lock: all of the above.  The broadcaster's own:
+        self._served: list[Handed] = []  # of ours, in the round that is being applied
+        self._entered = 0  # the name under which this server is in the room
+        self._confirm_at = 0.0
+        # The own of the thread that follows, but for the name:
+        self._database = Database(history.address)
+        self._follower = Follower(_fresh_name(), history.fmt)
+        self._begun_at = 0.0  # when the last round was
+        self._silent_since: float | None = None  # when the database was last well
+        self._is_lost = False  # that it is not was logged
+        self._ending = threading.Event()
+        self._is_over = threading.Event()  # our part is, as the room has it
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._keeper = Keeper(broadcaster, history)
+
+    # For any thread.
+
+    def __len__(self) -> int:
+        """Return how many entries wait to be applied."""
+        return self._unapplied + len(self._arrived)
+
+    def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
+        """Append an entry and return its number, as `EntryLog` does; raise `Farewell` at the door.
+
+        Nobody comes in while the database is away.
+        """
+        number = super().hand_in(handed, gate)
+        if not is_shared(handed.entry):
+            self._room_waker.wake()
+        return number
+
+    def _append(self, handed: Handed, gate: Gate | None) -> bool:
+        if gate is not None and not gate.is_open():
+            return False
+        session = getattr(handed.entry, "session", 0)
+        with self._lock:
+            if self._closed:
+                raise Gone
+            if self._is_waiting and type(handed.entry) is Claim:
+                raise Farewell("the room is waiting", protocol.WAITING_AT_THE_DOOR)
+            if not is_shared(handed.entry) and not self._pending[session]:
+                self._arrived.append(Arrival([handed]))
+            elif gate is not None and self.lines >= MAX_QUEUED:
+                self._crowd.append(gate)
+                return False
+            else:
+                self._handed.append(handed)
+                self._lines += handed.lines
+                self._pending[session] += 1
+                self._unapplied += 1
+            self._count += 1
+            return True
+
+    def is_applied(self, number: int) -> bool:
+        """Tell that it has to be asked: entries do not come back in the order of all."""
+        return False
+
+    def new_session(self) -> int:
+        """Return the number of a connection that is new, here and on all servers."""
+        return self._follower.server << SERVER_BITS | super().new_session()
+
+    def until(self, moment: float) -> float:
+        """Time comes with the rounds of the log alone."""
+        return math.inf
+
+    # For the broadcaster.
+
+    def take(self) -> list[Handed]:
+        """Return what has come, up to where the room goes on from somewhere else."""
+        batch: list[Handed] = []
+        with self._lock:
+            while self._arrived and not (batch and self._arrived[0].beginning):
+                handed, beginning = self._arrived.popleft()
+                if beginning is not None:
+                    self._history.begin(beginning)
+                    self._entered = self._follower.server
+                batch += handed
+        number = 0
+        for one in batch:
+            if isinstance(one.entry, Turn):
+                number, self._history.time = one.entry.number, one.entry.time
+            elif is_shared(one.entry):
+                self._history.busy = number
+        self._served += (one for one in batch if one.is_ours)
+        return batch
+
+    def end_round(self) -> None:
+        """Count what was taken as done, and let those go on who wait for space."""
+        served, self._served = self._served, []
+        self._forget(served)
+        if self._entered == self._follower.server not in self._broadcaster.room.servers:
+            self._is_over.set()
+            self._waker.wake()
+        if time.monotonic() > self._confirm_at:
+            self._confirm_private()
+
+    def _forget(self, handed: list[Handed]) -> None:
+        """Count entries of ours as done with."""
+        with self._lock:
+            for one in handed:
+                session = getattr(one.entry, "session", 0)
+                self._lines_taken -= one.lines
+                self._unapplied -= 1
+                self._pending[session] -= 1
+                if self._pending[session] <= 0:
+                    del self._pending[session]
+            crowd, self._crowd = self._crowd, []
+        for gate in crowd:
+            gate.ring()
+
+    def _confirm_private(self) -> None:
+        """Have the room know which private lines have come, as far as the network tells."""
+        self._confirm_at = time.monotonic() + CONFIRM
+        for output in [*self._broadcaster.outputs.values()]:
+            is_new = output.whispers > output.confirmed and not output.data
+            if is_new and output.connection.is_acknowledged():
+                output.confirmed = output.whispers
+                with contextlib.suppress(Gone):
+                    self.hand_in(Handed(Got(output.session, output.whispers)))
+
+    # The thread that follows the log.
+
+    def start(self) -> None:
+        """Start following."""
+        self._thread.start()
+        self._keeper.start()
+
+    def stop(self) -> None:
+        """Say that this server ends, if the database is there, and end the threads."""
+        self._history.give_up()
+        self._ending.set()
+        self._waker.wake()
+        self._thread.join(STOP_CLOSE)
+        self._keeper.stop()
+        if not self._thread.is_alive():
+            self._waker.close()
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            try:
+                self._follow()
+            except Away as error:
+                self._lose(str(error))
+            except Over:
+                self._begin_anew("this server was silent for too long; it begins anew")
+            except (Forked, HistoryError) as error:
+                self._give_up(error)
+                break
+            except Exception:
+                log.exception("a fault in the log; this server begins anew")
+                self._begin_anew("it begins anew")
+                self._ending.wait(AGAIN)
+
+    def _follow(self) -> None:
+        """Append and read on one connection, as long as it lasts."""
+        try:
+            self._database.connect(CONNECT, self._tick)
+            self._database.execute("LISTEN chat", seconds=UNANSWERED, tick=self._tick)
+            self._follower.connected()
+            while not self._ending.is_set():
+                self._step()
+            if self._follower.is_free:
+                self._follower.begin([Handed(Ended(self._follower.server))])
+                self._ask_for_round(STOP_CLOSE / 2, lambda: None)
+        finally:
+            self._database.close()
+
+    def _step(self) -> None:
+        """Append a round if there is one, else wait for others to."""
+        if self._is_over.is_set():
+            raise Over
+        if not self._follower.is_free or self._begin_round():
+            rows = self._ask_for_round(UNANSWERED, self._tick)
+            if self._follower.number is None:
+                self._start()
+            else:
+                self._deliver(Arrival(self._follower.answered(rows)))
+            self._be_well()
+            return
+        if not self._database.is_notified():
+            self._database.wait(self._waker, self._begun_at + EMPTY_ROUND - time.monotonic())
+            self._waker.clear()
+            if not self._database.is_notified():
+                return
+        found = self._database.execute(
+            f"{READ_ROWS} chat.rounds WHERE number > $1 ORDER BY 1",
+            self._follower.number,
+            seconds=UNANSWERED,
+            tick=self._tick,
+        )
+        self._deliver(Arrival(self._follower.heard(_rows(found))))
+
+    def _begin_round(self) -> bool:
+        """Make a round of what was handed in, or an empty one if it is time; tell whether."""
+        since = time.monotonic() - self._begun_at
+        with self._lock:
+            if not self._handed and since < EMPTY_ROUND:
+                return False
+        if since < PACE:  # as a round in one process, it waits for company in a busy room
+            time.sleep(PACE - since)
+        with self._lock:
+            handed, self._handed = self._handed, []
+            self._lines_taken += self._lines
+            self._lines = 0
+        self._follower.begin([one._replace(is_ours=True) for one in handed])
+        return True
+
+    def _ask_for_round(self, seconds: float, tick: Callable[[], None]) -> list[Row]:
+        self._begun_at = time.monotonic()
+        if self._silent_since is None:
+            self._silent_since = self._begun_at
+        found = self._database.execute(
+            f"{READ_ROWS} chat.append($1, $2, $3, $4, $5)",
+            RULES,
+            *self._follower.call,
+            seconds=seconds,
+            tick=tick,
+        )
+        return _rows(found)
+
+    def _start(self) -> None:
+        """Go on from the newest point."""
+        beginning = _read_beginning(self._database, self._history.retained, self._history.fmt)
+        follow = self._follower.start(beginning.number, beginning.rows)
+        self._keeper.learn(beginning.number, beginning.state["end"])
+        self._deliver(Arrival([Handed(Restored(beginning.state)), *follow], beginning))
+
+    def _deliver(self, arrival: Arrival) -> None:
+        if arrival.handed:
+            with self._lock:
+                self._arrived.append(arrival)
+            self._room_waker.wake()
+
+    # When the database is away.
+
+    def _tick(self) -> None:
+        """Tell people when it takes too long; the room ends meanwhile if it has to."""
+        if self._ending.is_set():
+            raise Away("the server ends")
+        since = self._silent_since
+        if since is None or self._is_waiting or time.monotonic() - since < TELL_WAITING:
+            return
+        with self._lock:
+            self._is_waiting = True
+            claims = [one for one in self._handed if type(one.entry) is Claim]
+            self._handed = [one for one in self._handed if type(one.entry) is not Claim]
+            self._lines -= len(claims)
+            self._lines_taken += len(claims)  # until they are forgotten
+        away = Farewell("the room is waiting", protocol.WAITING_AT_THE_DOOR)
+        self._settle(claims, away)
+        self._deliver(Arrival([Handed(Noted(protocol.WAITING))]))
+
+    def _be_well(self) -> None:
+        """Know that the database has answered."""
+        self._silent_since = None
+        if self._is_lost:
+            self._is_lost = False
+            log.info("the database answers again")
+        if self._is_waiting:
+            with self._lock:
+                self._is_waiting = False
+            self._deliver(Arrival([Handed(Noted(protocol.GOES_ON))]))
+
+    def _lose(self, why: str) -> None:
+        """Wait a little before the next host is tried, and log that it has to be."""
+        if self._silent_since is None:
+            self._silent_since = time.monotonic()
+        if not self._ending.is_set():
+            if not self._is_lost:
+                log.error("%s is away: %s; the room waits", self._database.shown, why)
+                self._is_lost = True
+            self._ending.wait(AGAIN)
+            with contextlib.suppress(Away):
+                self._tick()
+
+    def _begin_anew(self, why: str) -> None:
+        """Be another server from now on: nothing that was handed in before counts."""
+        log.warning("%s", why)
+        former, self._follower = (
+            self._follower,
+            Follower(_fresh_name(), self._history.fmt, self._follower.server),
+        )
+        self._drop_all(former)
+        self._is_over.clear()
+
+    def _drop_all(self, former: Follower) -> None:
+        with self._lock:
+            handed, self._handed = self._handed, []
+            self._lines_taken += self._lines
+            self._lines = 0
+        self._settle([*former.abandoned(), *handed], Gone())
+
+    def _settle(self, handed: list[Handed], value: Exception) -> None:
+        """Let all know who wait for these entries, which are not applied any more."""
+        self._forget(handed)
+        for one in handed:
+            if one.reserved is not None:
+                one.reserved.remove(1, one.size)
+            if one.outcome is not None:
+                one.outcome.value = value
+                one.outcome.settle()
+
+    def _give_up(self, error: Exception) -> None:
+        """End the server: it cannot go on from what the database has."""
+        why = error if str(error) else "the database is not the one that it was; start again"
+        log.critical("%s", why)
+        self.close()
+        self._drop_all(self._follower)
+        _thread.interrupt_main(signal.SIGTERM)
+
+
+def _fresh_name() -> int:
+    return secrets.randbits(46) + 1
+
+
+def _rows(found: list[tuple[str, ...]]) -> list[Row]:
+    return [
+        Row(int(number), float(when), int(server), int(batch), entries)
+        for number, when, server, batch, entries in found
+    ]
+
+
+def _read_beginning(database: Database, count: int, fmt: str) -> Beginning:
+    """Read the newest point, what stands behind it and the last lines, all of one moment."""
+    database.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+    [(number, text)] = database.execute(
+        "SELECT number, state FROM chat.points ORDER BY number DESC LIMIT 1"
+    )
+    rows = database.execute(
+        f"{READ_ROWS} chat.rounds WHERE number > $1 ORDER BY 1", number, seconds=READ_ALL
+    )
+    lines = database.execute(
+        "SELECT time, kind, name, text FROM chat.lines ORDER BY position DESC LIMIT $1",
+        count,
+        seconds=READ_ALL,
+    )[::-1]
+    [(oldest,)] = database.execute("SELECT min(position) FROM chat.lines")
+    database.execute("COMMIT")
+    state = json.loads(text)
+    return Beginning(
+        int(number),
+        state,
+        _rows(rows),
+        int(oldest or state["end"]),
+        [_line(*line).encode(fmt) for _, *line in lines],
+        [float(when) for when, *_ in lines],
+    )
+
+
+class Keeper:
+    """Writes points now and then, in a thread of its own; any server may.
+
+    A point is what the room is behind a round, and all lines up to there; what is before
+    the last but one is not needed to begin.
+    """
+
+    def __init__(self, broadcaster: Broadcaster, history: SharedHistory) -> None:
+        self._broadcaster = broadcaster
+        self._history = history
+        self._database = Database(history.address)
+        self._last = self._last_but_one = 0  # the numbers of the points that are known
+        self._position = 0  # up to which the last one reaches
+        self._known_at = time.monotonic()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, or leave it to its end."""
+        self._ending.set()
+        self._thread.join(STOP_CLOSE)
+
+    def learn(self, number: int, position: int) -> None:
+        """Know of a point."""
+        if number > self._last:
+            self._last_but_one, self._last, self._position = self._last, number, position
+            self._known_at = time.monotonic()
+
+    def _run(self) -> None:
+        while not self._ending.wait(KEEP_LOOK):
+            room = self._broadcaster.room
+            if not self._is_due(room, time.monotonic() - self._known_at):
+                continue
+            try:
+                self._keep(room)
+            except Away as error:
+                log.debug("cannot keep a point: %s", error)
+                self._database.close()
+            except Exception:
+                log.exception("a fault in keeping a point")
+                self._database.close()
+        self._database.close()
+
+    def _is_due(self, room: Room, age: float) -> bool:
+        rounds, lines = room.number - self._last, room.end - self._position
+        is_long = rounds >= POINT_ROUNDS or lines >= POINT_LINES
+        is_old = age >= POINT_SECONDS and self._history.busy > self._last_but_one
+        return room.number > self._last and (is_long or is_old)
+
+    def _keep(self, room: Room) -> None:
+        """Write a point of the room, unless somebody else has or does."""
+        _ask(self._database, "BEGIN")
+        [(is_alone,)] = self._ask(f"SELECT pg_try_advisory_xact_lock({LOCK} + 1)::int")
+        [(last, position, age)] = self._ask(
+            "SELECT number, position, extract(epoch FROM clock_timestamp()) - time"
+            " FROM chat.points ORDER BY number DESC LIMIT 1"
+        )
+        self.learn(int(last), int(position))
+        self._history.kept_to(int(position))
+        [(number,)] = self._ask("SELECT number FROM chat.room")
+        if is_alone == "0" or int(number) < room.number or not self._is_due(room, float(age)):
+            self._ask("ROLLBACK")
+            return
+        lines = self._history.between(int(position), room.end)
+        for first in range(0, len(lines), POINT_PAGE):
+            self._ask(
+                "INSERT INTO chat.lines SELECT (r->>0)::bigint, (r->>1)::float8, r->>2, r->>3,"
+                " r->>4 FROM json_array_elements($1::json) r ON CONFLICT DO NOTHING",
+                json.dumps(lines[first : first + POINT_PAGE], ensure_ascii=False),
+            )
+        self._ask(
+            "INSERT INTO chat.points VALUES ($1, extract(epoch FROM clock_timestamp()), $2, $3)",
+            room.number,
+            room.end,
+            json.dumps(room.state(), ensure_ascii=False),
+        )
+        self._ask("DELETE FROM chat.points WHERE number < $1", last)
+        before = "extract(epoch FROM clock_timestamp()) -"
+        self._ask(
+            f"DELETE FROM chat.rounds WHERE number <= $1 AND time < {before} {TRIM_SECONDS}", last
+        )
+        self._ask(f"DELETE FROM chat.servers WHERE time < {before} {FORGET_SERVERS}")
+        self._ask("COMMIT")
+        self.learn(room.number, room.end)
+        self._history.kept_to(room.end)
+
+    def _ask(self, statement: str, *values: object) -> list[tuple[str, ...]]:
+        return self._database.execute(statement, *values, seconds=READ_ALL)
+
+
+def open_log(broadcaster: Broadcaster, waker: Waker) -> EntryLog:
+    """Return where entries stand: in memory, or where the history is shared."""
+    if isinstance(broadcaster.history, SharedHistory):
+        return SharedLog(broadcaster, broadcaster.history, waker)
+    return EntryLog(waker)
 
 
 # --- The command line --------------------------------------------------------
@@ -3143,7 +4123,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LINES",
         help=f"a second for each client, after {BURST} at once; 0 is no limit",
     )
-    option("--history", metavar="FILE", help="keep what is said, also over a restart")
+    option("--history", metavar="FILE", help="keep what is said; postgresql://... shares the room")
     option("--tls-cert", metavar="FILE", help="speak TLS with this certificate")
     option("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
     option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")

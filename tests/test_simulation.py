@@ -368,7 +368,7 @@ class Server:
         log, world = self.log, self.world
         if log is None or world.is_away or world.chance.random() > 0.03:
             return
-        number = self.follower.number or 0
+        number = self.room.number
         if world.without == 10:
             number = log.number
         log.keep(number, json.dumps(self.room.state()), self.lines, world.now)
@@ -823,7 +823,7 @@ def test_hundreds_of_servers_have_one_room() -> None:
 
 def in_log(room: Room, name: int, now: float, *entries: Any) -> None:
     """Have a room apply a server's round."""
-    room.apply(Turn(name, now))
+    room.apply(Turn(name, now, room.number + 1))
     for entry in entries:
         room.apply(entry)
 
