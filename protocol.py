@@ -380,7 +380,7 @@ def readable(line: bytes, prefix: bytes, fmt: str = FORMAT) -> bytes:
 def is_slip(text: str) -> bool:
     """Tell whether a command stands behind blanks, where it would be said to everyone."""
     verb = (command(text.lstrip()) or ("", ""))[0]
-    return text[:1].isspace() and verb in COMMANDS
+    return text[:1].isspace() and (verb in COMMANDS or verb in ALIASES)
 
 
 def is_command(line: bytes) -> bool:
@@ -758,6 +758,13 @@ def stamp(when: float) -> str:
     return time.strftime("%Y-%m-%d %H:%MZ", time.gmtime(when))
 
 
+def searched_back_to(since: float | None) -> str:
+    """Tell how far back a search came in its time; None when it did not begin."""
+    if since is None:
+        return "too many are searching; try again later"
+    return f"looked back to {stamp(since)} only; further would take too long"
+
+
 def nobody_said(word: str) -> str:
     """Answer a search that found nothing."""
     return answer(f"nobody said {word}")
@@ -943,6 +950,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
+        # Telnet's Ctrl-C sends a byte as urgent, which would be missing where it stood.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         keep_alive(sock)
         self._sock = sock
         # Guards the descriptor: no other thread can be inside a call on it while

@@ -75,7 +75,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -106,7 +106,7 @@ HELD = 15.0  # seconds that a place is kept for its key: longer than a change of
 MAIL_KEPT = 600.0  # seconds that private lines outlive the stay of who has not confirmed them
 MAIL_LINES = 1000  # private lines kept for a key
 MAIL_BYTES = 256 * 1024
-MAX_GONE = 1000  # people who left, of whom the address is known should they be banned
+MAX_GONE = 1000  # names that were left, for which an address is known should they be banned
 ALIVE = 10.0  # seconds that a server counts without a round: three times what it has to be
 MAX_STEP = 3.0  # seconds that a round moves the log's clock at most: an outage kills nobody
 MAX_NUMBER = 2**63 - 1  # beyond every round
@@ -118,21 +118,28 @@ REST = 0.25  # of a round's length is rested after it, ROUND at most, so that ot
 MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
 OUTBOX_LINES = 1000  # lines for one client alone that may wait
 OUTBOX_BYTES = 256 * 1024
+LONGEST_WAIT = 3600.0  # seconds; a selector takes no months, and a clock may be set back by years
 PARTING = 10.0  # seconds without progress until what is left for somebody who leaves is given up
 LOOK = 10.0  # seconds between two looks for peers that are dead
+STOP_WAIT = 1.0  # seconds at shutdown for a file that another program keeps locked
 STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
-STOP_CLOSE = 1.0  # seconds after that for the clients to close, and then for the threads
+STOP_CLOSE = 0.6  # seconds after that for the clients to close, and then for the threads
 # In the history.
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
 ROWS = 199  # lines inserted by a statement, five values each; older SQLites take 999 in all
 PAGE = 500  # lines read from the file at once for who is behind
+SEARCH_PAGE = 2000  # lines of the file that a search looks at in one step, 100 KB as people write
+SEARCH_REST = 0.0005  # seconds between two steps of a search, for all else
+SEARCH_LIMIT = 5.0  # seconds that somebody waits for a search
+LOCK_STEP = 0.020  # seconds between two looks whether a locked file is free
+TELL_WAITING = 2.0  # seconds that a history may keep the room waiting before people are told
+CLOSE_LIMIT = 1.0  # seconds for who is inside the file to come out at the end
 CHUNK = 1024  # lines given to a client at once: 50 KB as people write, 1.2 MB at the most
 MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
 # On several machines.
 UNANSWERED = 5.0  # seconds until a database that does not answer is given up, for the next
 CONNECT = 5.0  # seconds to connect to one
 AGAIN = 0.25  # seconds until the next is tried
-TELL_WAITING = 2.0  # seconds without an answer until people are told that the room waits
 EMPTY_ROUND = 2.0  # seconds after which a round is due, with nothing in it if need be
 PACE = 0.005  # seconds between the starts of two rounds of a server in a busy room, at least
 CONFIRM = 1.0  # seconds between two looks at which private lines have come
@@ -158,6 +165,10 @@ class Gone(Exception):
 
 class Denied(Refusal):
     """What is refused is not a line, and the answer says no more than why."""
+
+
+class Unforeseen(Refusal):
+    """There was a fault in applying an entry; who waits for it is told by nobody else."""
 
 
 class Farewell(Exception):
@@ -208,18 +219,18 @@ class ChatServer:
         self.password = Secret(password)
         self.op_password = Secret(op_password)
         self.limits = Limits(**limits)  # type: ignore[arg-type]
-        self._listener = _listen_on(host, port)
-        self.host, self.port = self._listener.getsockname()[:2]
-        try:
+        with contextlib.ExitStack() as opened:  # closed again should something fail
+            self._listener = opened.enter_context(_listen_on(host, port))
+            self.host, self.port = self._listener.getsockname()[:2]
             self.history = open_history(history, fmt)
-        except BaseException:
-            self._listener.close()
-            raise
+            opened.callback(self.history.close)
+            self.broadcaster = Broadcaster(self.history)
+            opened.callback(self.broadcaster.close)
+            self._waker = Waker()
+            opened.pop_all()
         self.connections = Connections(self.limits)
         self.allowances = Allowances(self.limits.rate_limit)
-        self.broadcaster = Broadcaster(self.history)
         self.stopping = threading.Event()
-        self._waker = Waker()
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
     def __enter__(self) -> ChatServer:
@@ -849,10 +860,14 @@ class Client:
 
     def rename(self, name: str) -> None:
         """Take another name, and go on when it is decided: what follows is said under it."""
-        with contextlib.suppress(Refusal):  # it was answered where it was refused
-            old = self.name
+        old = self.name
+        try:
             self._be_called(self._ask(Renamed(self.session, name)))
-            log.info("%s was %s", self, old)
+        except Unforeseen:
+            raise
+        except Refusal:
+            return  # it was answered where it was refused
+        log.info("%s was %s", self, old)
 
     def promote(self) -> None:
         """Become an operator, and go on when it is so: what follows may rely on it."""
@@ -1054,6 +1069,8 @@ class Answered(NamedTuple):
     lines: list[bytes]  # as they are sent, each with its newline
 
 
+_OF_SERVERS = (Turn, Entered, Ended, Restored, Noted)  # of no session
+
 Entry = (
     Claim | Said | Whispered | Renamed | Left | Lost | Promoted | Kicked | Banned | Unbanned
     | Passed | Turn | Entered | Ended | Got | Restored | Noted | Asked | Answered
@@ -1123,21 +1140,24 @@ class Mail(NamedTuple):
     lines: tuple[tuple[int, bytes], ...] = ()  # by position
     size: int = 0  # of them, in bytes
     kept_until: float = math.inf  # its owner has left
+    offered: int = 0  # of all that there ever were, those sent to a connection
 
-    def plus(self, position: int, line: bytes) -> Mail:
+    def plus(self, position: int, line: bytes, *, is_offered: bool) -> Mail:
         """Return it with one line more, and without the oldest where that is too much."""
         lines, size = (*self.lines, (position, line)), self.size + len(line)
         while len(lines) > MAIL_LINES or size > MAIL_BYTES:
             size -= len(lines[0][1])
             lines = lines[1:]
-        return Mail(self.total + 1, lines, size)
+        total = self.total + 1
+        return Mail(total, lines, size, offered=total if is_offered else self.offered)
 
     def without(self, had: int) -> Mail:
-        """Return it without the lines that its owner has had, of all that there ever were."""
+        """Return it for who comes back and has had so many of all that there ever were."""
         if had > self.total:  # they were counted before this room knew the key
-            return Mail(had)
+            return Mail(had, offered=had)
         lines = self.lines[max(0, len(self.lines) - (self.total - had)) :]
-        return Mail(self.total, lines, sum(len(line) for _, line in lines))
+        size = sum(len(line) for _, line in lines)
+        return Mail(self.total, lines, size, offered=self.total)
 
     def is_full(self) -> bool:
         """Tell whether one line more would push out another."""
@@ -1189,7 +1209,6 @@ class Room:
         self.end = end  # the position of the next line
         self.time = 0.0  # the latest that an entry has brought
         self.clock = 0.0  # the same, or on several machines the log's own: it has no gaps
-        self.deadline = math.inf  # when, on that, something that is kept is not kept any more
         self.bans = tuple(bans)
         self.stays: dict[int, Stay] = {}  # by number, as they joined
         self.names: dict[str, int] = {}  # which stay has a name, folded
@@ -1197,10 +1216,11 @@ class Room:
         self.keys: dict[str, int] = {}
         self.sessions: dict[int, int] = {}
         self.mail: dict[str, Mail] = {}  # by key
-        self.departed: dict[str, str] = {}  # addresses of who left last, by folded name
         self.number = 0  # of the last round of several servers
         # When each of several had its last round, the oldest first; changed in a copy.
         self.servers: dict[int, float] = {}
+        self.departed: dict[str, str] = {}  # addresses of who had a name last, by folded name
+        self._set_deadline()
         # Of a draft alone: what the round makes, and whether its lines can be stored.
         self.lines: list[bytes] = []
         self.effects: list[Effect] = []
@@ -1235,8 +1255,30 @@ class Room:
             self._answer(entry.session, protocol.not_sent(refusal))
             raise
 
+    def do_without(self, entry: Any, before: Room, *, is_awaited: bool) -> None:
+        """Go on after a fault in an entry, `before` the round: who leaves is gone, others are told.
+
+        Who waits for what becomes of it is told by the thread that waits.
+        """
+        if isinstance(entry, (Left, Lost)):
+            self.effects.append(End(entry.session, self.end, Ending.LEFT))
+            if stay := self.by_session(entry.session) or before.by_session(entry.session):
+                self._strike(stay)
+        elif not is_awaited and not isinstance(entry, (Claim, Passed, *_OF_SERVERS)):
+            for _ in entry.lines if isinstance(entry, Said) else [entry]:
+                self._answer(entry.session, protocol.not_sent(protocol.UNFORESEEN))
+
+    def _strike(self, stay: Stay) -> None:
+        """End a stay, wherever it may still stand after a fault."""
+        self._unshare()
+        self.stays.pop(stay.number, None)
+        for index in (self.names, self.looks, self.keys, self.sessions):
+            for key in [key for key, number in index.items() if number == stay.number]:
+                del index[key]  # type: ignore[arg-type]
+        self._announce(protocol.left(stay.name))
+
     def _unshare(self) -> None:
-        """Have all that the draft may change be its own."""
+        """Have what entries change for the draft alone."""
         if self.is_shared:
             for name in self._SHARED:
                 setattr(self, name, getattr(self, name).copy())
@@ -1265,8 +1307,8 @@ class Room:
     def state(self) -> dict[str, Any]:
         """Return all that a room is made of again by `restored`, as JSON has it."""
         mail = {
-            key: [total, [[position, line.decode(self.fmt)] for position, line in lines], kept]
-            for key, (total, lines, _, kept) in self.mail.items()
+            key: [one.total, one.offered, one.kept_until, self._decoded(one.lines)]
+            for key, one in self.mail.items()
         }
         return {
             "end": self.end, "time": self.time, "clock": self.clock, "mail": mail,
@@ -1274,6 +1316,9 @@ class Room:
             "departed": self.departed, "servers": [[*one] for one in self.servers.items()],
             "number": self.number,
         }  # fmt: skip
+
+    def _decoded(self, lines: Iterable[tuple[int, bytes]]) -> list[list[Any]]:
+        return [[position, line.decode(self.fmt)] for position, line in lines]
 
     @classmethod
     def restored(cls, state: dict[str, Any], fmt: str) -> Room:
@@ -1284,9 +1329,10 @@ class Room:
         room.servers = dict(state["servers"])
         for stay in state["stays"]:
             room._enter(Stay(*stay))
-        for key, (total, lines, kept) in state["mail"].items():
+        for key, (total, offered, kept, lines) in state["mail"].items():
             mail = tuple((position, line.encode(fmt)) for position, line in lines)
-            room.mail[key] = Mail(total, mail, sum(len(line) for _, line in mail), kept)
+            size = sum(len(line) for _, line in mail)
+            room.mail[key] = Mail(total, mail, size, kept_until=kept, offered=offered)
         room._set_deadline()
         return room
 
@@ -1345,15 +1391,15 @@ class Room:
 
     def _begin(self, claim: Claim, stay: Stay, greeting: list[str]) -> None:
         """Have a session follow the room, from where it asked for."""
-        had, missed, mail = claim.asked.whispers, 0, self.mail.get(stay.key, Mail())
-        if had is not None:
-            mail = self.mail[stay.key] = mail.without(had)
-            missed = mail.total - had - len(mail.lines)
-        elif stay.key in self.mail:
-            self.mail[stay.key] = mail._replace(kept_until=math.inf)
-        lines = () if had is None else mail.lines
-        number = mail.total - len(lines)
-        begin = Begin(claim.session, self.end, claim.asked, greeting, missed, number, lines)
+        mail, had = self.mail.get(stay.key, Mail()), claim.asked.whispers
+        if had is None:  # it does not count: what came while it was away is new to it
+            had = mail.offered
+        mail = mail.without(had)
+        if mail.total:
+            self.mail[stay.key] = mail  # while it is here, without an end
+        missed = mail.total - had - len(mail.lines)
+        number = mail.total - len(mail.lines)
+        begin = Begin(claim.session, self.end, claim.asked, greeting, missed, number, mail.lines)
         self.effects.append(begin)
 
     def _enter(self, stay: Stay) -> None:
@@ -1392,14 +1438,20 @@ class Room:
         del self.looks[protocol.look(stay.name)]
         self.keys.pop(stay.key, None)
         self.sessions.pop(stay.session or 0, None)
-        self.departed[protocol.fold(stay.name)] = stay.address
-        if len(self.departed) > MAX_GONE:
-            del self.departed[next(iter(self.departed))]
+        self._remember(stay)
         self.mail.pop(_unkeyed(stay), None)
         if mail := self.mail.get(stay.key):
             self.mail[stay.key] = mail._replace(kept_until=self.clock + MAIL_KEPT)
             self._set_deadline()
         self._announce(line)
+
+    def _remember(self, stay: Stay) -> None:
+        """Know from where somebody was who has the name no more, should it be banned."""
+        name = protocol.fold(stay.name)
+        self.departed.pop(name, None)  # so that the oldest stands first
+        self.departed[name] = stay.address
+        if len(self.departed) > MAX_GONE:
+            del self.departed[next(iter(self.departed))]
 
     # Time.
 
@@ -1423,8 +1475,10 @@ class Room:
         self._set_deadline()
 
     def _set_deadline(self) -> None:
+        """Set when something ends of itself: a place or mail that is kept, or a ban."""
         kept: list[Stay | Mail] = [*self.stays.values(), *self.mail.values()]
-        self.deadline = min((one.kept_until for one in kept), default=math.inf)
+        ends = [ban.until for ban in self.bans if ban.until > self.time]
+        self.deadline = min([one.kept_until for one in kept] + ends, default=math.inf)
 
     # Several servers.
 
@@ -1515,7 +1569,8 @@ class Room:
         if other.session is not None:
             self.effects.append(ToOne(other.session, position, data))
         if box:
-            self.mail[box] = mail.plus(position, data)
+            is_offered = other.session is not None
+            self.mail[box] = mail.plus(position, data, is_offered=is_offered)
         self.stays[other.number] = other._replace(correspondent=stay.number)
 
     def _renamed(self, renamed: Renamed) -> str:
@@ -1527,6 +1582,7 @@ class Room:
             raise Refusal(protocol.NOT_STORED)
         del self.names[protocol.fold(stay.name)], self.looks[protocol.look(stay.name)]
         self._enter(stay._replace(name=name))
+        self._remember(stay)
         self._answer(stay.session, protocol.now_named(name))
         self._announce(protocol.renamed(stay.name, name))
         return name
@@ -1563,6 +1619,7 @@ class Room:
             raise Refusal(protocol.OWN_BAN)
         kept = (old for old in self.bans if not old.is_over(self.time) and not old.is_of(ban.name))
         self.bans = (*kept, ban)
+        self._set_deadline()
         why = protocol.because_banned(ban.until, ban.reason)
         for stay in [*self.stays.values()]:
             if stay.number != by.number and ban.concerns(stay.name, stay.address, self.time):
@@ -1575,14 +1632,17 @@ class Room:
 
     def _ban(self, banned: Banned, by: Stay) -> Ban:
         """Return a ban with the address that it holds for: theirs now, as it was, or last."""
-        target = self.by_name(banned.name)
-        known = [target.address] if target else []
-        known += [old.address for old in self.bans if old.is_of(banned.name)]
-        known.append(self.departed.get(protocol.fold(banned.name), ""))
+        # Told by the clock of where it was given, and to hold by the room's.
+        until = banned.until and banned.until + (self.time - banned.time)
+        ban = Ban(banned.name, "", by.name, until, banned.reason)
+        present = self.stays.values()
+        known = [stay.address for stay in present if ban.concerns(stay.name, "", self.time)]
+        known += [old.address for old in self.bans if old.is_of(ban.name)]
+        known.append(self.departed.get(protocol.fold(ban.name), ""))
         address = next(filter(None, known), "")
         if address == by.address or (address and _is_loopback(address)):
             address = ""
-        return Ban(banned.name, address, by.name, banned.until, banned.reason)
+        return ban._replace(address=address)
 
     def _unbanned(self, unbanned: Unbanned) -> None:
         by = self._operator(unbanned)
@@ -1663,7 +1723,7 @@ class Outcome:
     __slots__ = ("_settled", "value")
 
     def __init__(self) -> None:
-        self.value: Any = Refusal(protocol.UNFORESEEN)  # should applying it fail
+        self.value: Any = Unforeseen(protocol.UNFORESEEN)  # should the round fail
         self._settled = threading.Event()
 
     def settle(self) -> None:
@@ -1967,9 +2027,11 @@ class Broadcaster:
         self._pager = Pager(history, self._waker)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._waker, selectors.EVENT_READ, None)
+        history.on_waiting = self._say_waiting
         self._following: list[Output] = []  # whom rounds serve: in the room, or parting
         self._due: set[Output] = set()  # whom the next round serves, new lines or not
         self._parting: set[Output] = set()  # who gets what was said before they left, and no more
+        self._claims: dict[int, Output] = {}  # by session, who asks for a place in this round
         self._outcomes: list[Outcome] = []  # to be settled when the round has ended
         # All before this position was offered to every client; while it is under the
         # history's end, a round is due.
@@ -1991,6 +2053,8 @@ class Broadcaster:
         self.log.close()
         self._stop_at = time.monotonic() + STOP_DELIVER
         self._waker.wake()
+        self._thread.join(STOP_WAIT)
+        self.history.give_up()
         self._thread.join()
         self.log.stop()
         self._pager.stop()
@@ -2005,8 +2069,10 @@ class Broadcaster:
     def _run(self) -> None:
         """Go round until the room ends; nothing that fails in a round ends it."""
         next_round = 0.0
-        while not self._is_over():
+        while True:
             try:
+                if self._is_over():
+                    break
                 writable = self._wait()
                 # Lines that come during the pause share the round's one send per client.
                 if (pause := next_round - time.monotonic()) > 0:
@@ -2023,6 +2089,10 @@ class Broadcaster:
                     time.sleep(ROUND)
         for output in self._following:
             output.release()
+        for handed in self.log.take():  # no round will come to it
+            if handed.outcome is not None:
+                handed.outcome.value = Gone()
+                handed.outcome.settle()
 
     def _wait(self) -> list[Output]:
         """Wait until something happened; return those whose sockets have room again."""
@@ -2034,7 +2104,7 @@ class Broadcaster:
             ends = [self._stop_at, self._look_at, now + self.log.until(self.room.deadline)]
             ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
-                timeout = max(0.0, first - now)
+                timeout = max(0.0, min(first - now, LONGEST_WAIT))
         return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
 
     def _is_over(self) -> bool:
@@ -2082,28 +2152,23 @@ class Broadcaster:
     def _apply_waiting(self) -> None:
         """Apply what was handed in, store its lines, and carry out what it means for each."""
         self._waker.clear()  # before taking, or what comes in between wakes nobody
-        batch = self.log.take()
-        self._outcomes += (handed.outcome for handed in batch if handed.outcome)
-        if self.log.until(self.room.deadline) <= 0:
-            batch.append(Handed(Passed(time.time())))
         if self._pager.pages:
             self._take_pages()
+        batch = self.log.take()
+        self._outcomes += (handed.outcome for handed in batch if handed.outcome)
+        self._claims = {handed.output.session: handed.output for handed in batch if handed.output}
+        if self.log.until(self.room.deadline) <= 0:
+            batch.append(Handed(Passed(time.time())))
         if batch:
             room = self._applied(batch)
             self.room = room  # from here on others read it
-            if room.effects:
-                self._carry_out_all(room.effects, batch)
+            for effect in room.effects:
+                self._carry_out(effect)
+            for handed in batch:
+                if handed.reserved:
+                    handed.reserved.remove(1, handed.size)
         if self._stop_at < math.inf and not self.log:
             self._say_goodbye()
-
-    def _carry_out_all(self, effects: list[Effect], batch: list[Handed]) -> None:
-        """Do for single clients what a round means for them."""
-        claims = {handed.output.session: handed.output for handed in batch if handed.output}
-        for effect in effects:
-            self._carry_out(effect, claims)
-        for handed in batch:
-            if handed.reserved:
-                handed.reserved.remove(1, handed.size)
 
     def _applied(self, batch: list[Handed]) -> Room:
         """Return the room as a batch leaves it, stored as far as it can be."""
@@ -2132,7 +2197,8 @@ class Broadcaster:
                 value = refusal
             except Exception:
                 log.exception("a fault in %s; the room goes on", type(handed.entry).__name__)
-                value = Refusal(protocol.UNFORESEEN)
+                value = Unforeseen(protocol.UNFORESEEN)
+                room.do_without(handed.entry, self.room, is_awaited=handed.outcome is not None)
             if handed.outcome is not None:
                 handed.outcome.value = value
         return room
@@ -2144,27 +2210,34 @@ class Broadcaster:
             self.history.append(room.lines, bans)
             self._bans_kept = room.bans
 
-    def _carry_out(self, effect: Effect, claims: dict[int, Output]) -> None:
-        """Do for one client what the room has decided."""
-        if isinstance(effect, Begin):
-            if (output := claims.get(effect.session)) is None:  # another server's
-                return
-            self._begin(output, effect)
-        elif (output := self.outputs.get(effect.session)) is None:
+    def _carry_out(self, effect: Effect) -> None:
+        """Do for one client what the room has decided; a fault in it ends that client alone."""
+        known = self._claims if isinstance(effect, Begin) else self.outputs
+        output = known.get(effect.session)
+        if output is None:
             return
-        elif isinstance(effect, ToOne):
-            output.enqueue(effect.position, effect.line)
-        else:
-            self._end(output, effect)
+        try:
+            if isinstance(effect, Begin):
+                self._begin(output, effect)
+            elif isinstance(effect, ToOne):
+                output.enqueue(effect.position, effect.line)
+            else:
+                self._end(output, effect)
+        except Exception as error:
+            self._fail(output, error)
         if not output.watched or output.until is not None:
             self._due.add(output)
 
     def _begin(self, output: Output, begin: Begin) -> None:
         """Have an output follow the room from where it was asked for."""
+        self.outputs[output.session] = output
+        self._following.append(output)
         asked, end = begin.asked, begin.position
-        start = end - asked.last if asked.position is None else asked.position
-        if start > end:  # of another history: all that can be had at once
-            start = end - self.history.retained
+        # `end` is not the history's any more if the round went on.
+        if asked.position is None:
+            start = end - asked.last
+        else:
+            start = asked.position if asked.position <= end else end - self.history.retained
         output.position = start = min(max(start, self.history.oldest), end)
         lines = list(begin.greeting)
         if asked.wants_position:
@@ -2176,8 +2249,6 @@ class Broadcaster:
         output.whispers = output.confirmed = begin.whispers
         for position, data in begin.mail:
             output.enqueue(min(position, end), data)
-        self.outputs[output.session] = output
-        self._following.append(output)
         if self._look_at == math.inf:
             self._look_at = time.monotonic() + LOOK
 
@@ -2199,14 +2270,29 @@ class Broadcaster:
     def _take_pages(self) -> None:
         """Give those who are behind what the pager has read for them."""
         while self._pager.pages:
-            output, lines, end = self._pager.pages.popleft()
+            output, start, lines = self._pager.pages.popleft()
             output.fetching = False
-            if lines:
+            if start > output.position:  # what is before it is not to be had
+                self._skip_to(output, start)
+            elif lines:
                 output.data = _block(lines)
                 output.position += len(lines)
-            else:  # it could not be read
-                self._skip_to(output, end)
             self._due.add(output)
+
+    def _say_waiting(self, waiting: bool) -> None:
+        """Tell people that the room waits for the disk, or goes on; from within a store."""
+        if self._stop_at < math.inf:
+            return
+        log.warning("the history's file is %s", "locked; the room waits" if waiting else "free")
+        line = _encoded(protocol.WAITING if waiting else protocol.GOES_ON)
+        for output in self.outputs.values():
+            output.enqueue(self.room.end, line)
+            self._due.add(output)
+        if waiting:
+            for output in self._claims.values():
+                with contextlib.suppress(OSError):  # nothing else is under way to them
+                    output.connection.send(_encoded(protocol.WAITING_AT_THE_DOOR))
+        self._serve_due()
 
     def _say_goodbye(self) -> None:
         """Tell everyone that the server ends, and end them behind it."""
@@ -2376,7 +2462,7 @@ class Pager:
 
     def __init__(self, history: History, waker: Waker) -> None:
         self.history = history
-        self.pages: deque[tuple[Output, list[bytes], int]] = deque()  # read, for the broadcaster
+        self.pages: deque[tuple[Output, int, list[bytes]]] = deque()  # read, for the broadcaster
         self._waker = waker
         self._wanted: queue.SimpleQueue[tuple[Output, int, int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="pager", daemon=True)
@@ -2398,11 +2484,11 @@ class Pager:
         while (wanted := self._wanted.get()) is not None:
             output, position, end = wanted
             try:
-                lines = self.history.fetch(position, end)
+                start, lines = self.history.fetch(position, end)
             except Exception as error:
                 log.error("cannot read the history: %s", error)
-                lines = []
-            self.pages.append((output, lines, end))
+                start, lines = end, []
+            self.pages.append((output, start, lines))
             self._waker.wake()
 
 
@@ -2439,7 +2525,7 @@ def obey(client: Client, line: bytes) -> None:
         client.answer(protocol.usage(verb))
     except Refusal as refusal:
         client.answer(protocol.not_sent(refusal))
-    except (sqlite3.Error, Away) as error:
+    except NotReadable as error:
         log.error("cannot read the history: %s", error)
         client.answer(protocol.UNREADABLE)
 
@@ -2531,8 +2617,14 @@ def _search(client: Client, argument: str) -> list[str]:
     if not argument:
         raise Usage
     client.settle()
-    found = client.server.history.last(protocol.REPLAY, argument)
-    return [protocol.recalled(*line) for line in found] or [protocol.nobody_said(argument)]
+    try:
+        found, limit = client.server.history.search(argument, protocol.REPLAY), ""
+    except TookTooLong as error:
+        found, limit = error.found, protocol.answer(str(error))
+    lines = [protocol.recalled(*line) for line in found]
+    if limit:
+        lines.append(limit)
+    return lines or [protocol.nobody_said(argument)]
 
 
 @command("quit")
@@ -2595,7 +2687,7 @@ def _bans(client: Client, argument: str) -> None:
     client.broadcast(Asked(client.session, "bans"))
 
 
-# --- Histories -----------------------------------------------------------------
+# --- Histories: memory, then file ---------------------------------------------
 
 
 class HistoryError(Exception):
@@ -2604,6 +2696,38 @@ class HistoryError(Exception):
 
 class NotStored(Exception):
     """The history's file takes no more; nothing of what was to be appended has a position."""
+
+
+class NotReadable(Exception):
+    """The history cannot be read, or not any more."""
+
+
+class TookTooLong(Exception):
+    """A search has reached its limit of time.
+
+    `found` is what it has found by then, as `search` returns it, and the text tells
+    how far back it has looked.
+    """
+
+    def __init__(self, found: list[Recalled], since: float | None) -> None:
+        super().__init__(protocol.searched_back_to(since))
+        self.found = found
+        self.since = since
+
+
+class Recalled(NamedTuple):
+    """A line of the history as /history and /search tell of it."""
+
+    time: float  # seconds since the epoch
+    line: str
+
+
+class SearchedPage(NamedTuple):
+    """What a search found in a few lines that stand together."""
+
+    start: int  # the position of the first of them
+    since: float  # when that was said
+    found: list[Recalled]  # the newest first
 
 
 def _block(lines: list[bytes]) -> bytes:
@@ -2617,6 +2741,10 @@ class History:
     Positions only grow.  The last `retained` lines can be read again.  The
     broadcaster appends; any thread reads.  Lines have no newline here; what `read`
     returns is to be sent, and has.
+
+    `on_waiting` is called in the broadcaster's thread, inside `append`: with True when
+    another program has kept a file locked for `TELL_WAITING` seconds, with False when
+    that wait is over.
     """
 
     durable = False  # `append` waits for the disk
@@ -2632,6 +2760,9 @@ class History:
         # Chunks as they are sent; what stands at a position never changes.
         self._joined = functools.lru_cache(retained // CHUNK + 2)(self._join)
         self._lock = threading.Lock()  # guards all of the above
+        self.on_waiting: Callable[[bool], None] = lambda waiting: None
+        self._searching = threading.Lock()  # held by the one search that runs
+        self._ending = threading.Event()  # nothing waits here any more
 
     @property
     def end(self) -> int:
@@ -2643,7 +2774,17 @@ class History:
         """The first position that can be had, if not by `read` then by `fetch`."""
         return self.first
 
-    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+    def start_for(self, position: int) -> int:
+        """Return where a reader starts that asks for all from `position` on.
+
+        A position beyond the end was given by another history, such as that of a room
+        whose clock was ahead: what this one holds is all new to such a reader.
+        """
+        if position > self.end:
+            return max(self.oldest, self.end - self.retained)
+        return max(self.oldest, position)
+
+    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Give lines their positions, and keep a changed list of bans; raise `NotStored`."""
         now = time.time()
         with self._lock:
@@ -2667,34 +2808,85 @@ class History:
             lines = self._lines[position - self.first : end - self.first]
         return _block(lines)
 
-    def fetch(self, position: int, end: int) -> list[bytes]:
-        """Return lines that are not in memory any more; it may take its time."""
-        return []
+    def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
+        """Return lines that are not in memory any more; it may take its time.
 
-    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
-        """Return the last `count` lines that have `word` in them, in any case, with their times."""
+        They begin at the position that is returned, at `position` if that line is still
+        there, and none is missing between them.  Without any, it is `end`.  Raise
+        `NotReadable`.
+        """
+        return end, []
+
+    def last(self, count: int) -> list[Recalled]:
+        """Return the last `count` lines, the newest last; raise `NotReadable`."""
         with self._lock:
-            lines, times = self._lines[:], self._times[:]
-        found: list[tuple[float, str]] = []
-        word = word.lower()
-        for when, line in zip(reversed(times), reversed(lines), strict=True):
-            text = line.decode(self.fmt)
-            # As in a file: in the name or in what was said, and not across both.
-            if word in text.lower() and any(
-                word in part.lower() for part in protocol.parts(text)[1:]
-            ):
-                found.append((when, text))
-                if len(found) == count:
-                    break
+            lines, times = self._lines[-count:], self._times[-count:]
+        return [Recalled(*row) for row in zip(times, self._decoded(lines), strict=True)]
+
+    def search(self, word: str, count: int) -> list[Recalled]:
+        """Return the last `count` lines that have `word` in them, in any case, the newest last.
+
+        It counts in a name or in what was said, not across both.  One search runs at a
+        time, and only searches wait for it; after `SEARCH_LIMIT` seconds, the wait
+        included, raise `TookTooLong`.  Raise `NotReadable` when the history ends.
+        """
+        deadline = time.monotonic() + SEARCH_LIMIT
+        if not self._searching.acquire(timeout=SEARCH_LIMIT):
+            raise TookTooLong([], None)
+        try:
+            return self._search_until(deadline, word.lower(), count)
+        finally:
+            self._searching.release()
+
+    def _search_until(self, deadline: float, word: str, count: int) -> list[Recalled]:
+        """Look for a lower-case word, page by page, from the newest line back."""
+        found: list[Recalled] = []
+        end, since = self.end, None  # so far back it has looked
+        while end > self.oldest and len(found) < count:
+            # Meanwhile whoever else wants the interpreter has it.
+            if self._ending.wait(SEARCH_REST):
+                raise NotReadable("the history ends")
+            if since is not None and time.monotonic() >= deadline:
+                raise TookTooLong(found[::-1], since)
+            page = self._search_before(end, word)
+            found += page.found[: count - len(found)]
+            end, since = page.start, page.since
         return found[::-1]
+
+    def _search_before(self, end: int, word: str) -> SearchedPage:
+        """Look for a lower-case word in the lines of one chunk before `end`, all at once."""
+        with self._lock:
+            start = max(self.first, (end - 1) // CHUNK * CHUNK)
+            lines = self._lines[start - self.first : max(0, end - self.first)]
+            times = self._times[start - self.first : max(0, end - self.first)]
+        since = times[0] if times else 0.0
+        if word not in _block(lines).decode(self.fmt).lower():
+            return SearchedPage(start, since, [])
+        rows = zip(reversed(times), self._decoded(reversed(lines)), strict=True)
+        return SearchedPage(start, since, [Recalled(*row) for row in rows if _has(row[1], word)])
+
+    def _decoded(self, lines: Iterable[bytes]) -> Iterator[str]:
+        return (line.decode(self.fmt) for line in lines)
 
     def bans(self) -> list[Ban]:
         """Return the bans that were kept."""
         return []
 
+    def give_up(self) -> None:
+        """Have nothing wait here any more: end all searches, and an `append` that waits.
+
+        For any thread, at any time.
+        """
+        self._ending.set()
+
     def close(self) -> None:
-        """End the history; nothing is appended any more."""
-        return
+        """End the history, within about a second; nothing is appended any more."""
+        self.give_up()
+
+
+def _has(line: str, word: str) -> bool:
+    """Tell whether a lower-case word is in the name or in the text of a line."""
+    return word in line.lower() and any(word in part.lower() for part in protocol.parts(line)[1:])
 
 
 def open_history(where: str | None, fmt: str) -> History:
@@ -2708,177 +2900,181 @@ def open_history(where: str | None, fmt: str) -> History:
 class FileHistory(History):
     """A history that is in a file before anybody sees it, and goes on there after a restart.
 
-    One connection writes, in the broadcaster's thread alone, one reads for who is
-    behind, in the fetcher's, and one for questions; none holds up another.  Raise
+    The broadcaster's thread writes; who is behind, who asks for the last lines and who
+    searches each have a connection of their own, so none holds up another.  Raise
     `HistoryError` when the file cannot be used.
     """
 
     durable = True
-    APPLICATION = 0x43686174  # "Chat", in the file's header
-    VERSION = 1
-    SCHEMA = """
-        CREATE TABLE lines (
-            position INTEGER PRIMARY KEY,
-            time REAL NOT NULL,
-            kind TEXT NOT NULL,
-            name TEXT NOT NULL,
-            text TEXT NOT NULL
-        );
-        CREATE TABLE bans (
-            name TEXT NOT NULL, address TEXT NOT NULL, by TEXT NOT NULL,
-            until REAL NOT NULL, reason TEXT NOT NULL
-        );
-        CREATE TABLE room (format TEXT NOT NULL);
-    """
 
     def __init__(self, path: str, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
         super().__init__(fmt, retained)
-        self.path = path
-        self._held = _hold(path)  # until the end, so that no other server uses the file
-        try:
-            self._open()
-        except sqlite3.Error as error:
-            os.close(self._held)
-            raise HistoryError(f"cannot use {path}: {error}; choose another --history") from None
-        except HistoryError:
-            os.close(self._held)
-            raise
+        self._place = Place(path)
+        with contextlib.ExitStack() as opened:  # closed again should something fail
+            opened.callback(self._place.leave)
+            try:
+                self._open(opened)
+                self.bans()
+            except (sqlite3.Error, OSError, NotReadable) as error:
+                remedy = "choose another --history"
+                raise HistoryError(f"cannot use {self._place.path}: {error}; {remedy}") from None
+            opened.pop_all()
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        """Look at the file, then open it once for each kind of work."""
+        first, last = _check_file(self._place, self.fmt)
+        self._writer = Writer(
+            self._place, self.fmt, self._ending, lambda waiting: self.on_waiting(waiting)
+        )
+        opened.callback(self._writer.close, 0.0)
+        self._pager, self._questions, self._searches = readers = [
+            Access(_read_only(self._place.path)) for _ in range(3)
+        ]
+        for reader in readers:
+            opened.callback(reader.close, 0.0)
+        self._place.settle()
+        if last is not None:
+            self.first = last + 1
+        self._oldest = self.first if first is None else first
 
     @property
     def oldest(self) -> int:
         """The first position in the file."""
         return self._oldest
 
-    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Commit lines to the file, then give them their positions."""
-        if not lines and bans is None:
-            return
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-            self._insert(lines)
-            if bans is not None:
-                self._writer.execute("DELETE FROM bans")
-                self._writer.executemany(
-                    "INSERT INTO bans VALUES (?, ?, ?, ?, ?)",
-                    [(ban.name, ban.address, ban.by, ban.until, ban.reason) for ban in bans],
-                )
-            self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                self._writer.rollback()
-            raise NotStored(str(error)) from error
-        super().append(lines)
+        if lines or bans is not None:
+            self._writer.store(self.end, lines, bans)
+            super().append(lines)
 
-    def fetch(self, position: int, end: int) -> list[bytes]:
-        """Return at most `PAGE` lines from `position` up to `end` from the file."""
-        rows = self._pager.execute(
-            "SELECT kind, name, text FROM lines WHERE position >= ? AND position < ?"
-            " ORDER BY position LIMIT ?",
+    def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
+        """Return at most `PAGE` lines from the file, up to one that is missing there."""
+        rows = self._pager.rows(
+            "SELECT position, time, kind, name, text FROM lines"
+            " WHERE position >= ? AND position < ? ORDER BY position LIMIT ?",
             (position, end, PAGE),
-        ).fetchall()
-        return [_line(*row).encode(self.fmt) for row in rows]
+        )
+        kept = {place: line.line.encode(self.fmt) for place, line in self._sound(rows)}
+        if not kept:
+            return (rows[-1][0] + 1 if rows else end), []
+        start = min(kept)
+        whole = itertools.takewhile(kept.__contains__, itertools.count(start))
+        return start, [kept[place] for place in whole]
 
-    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
-        """Return the last `count` lines that have `word` in them, of all that was ever said."""
-        pattern = "%" + re.sub(r"([%_\\])", r"\\\1", word.lower()) + "%"
-        said = "text" if word.isascii() else "lower_all(text)"  # LIKE knows ASCII's cases alone
-        with self._reading:
-            rows = self._reader.execute(
-                "SELECT time, kind, name, text FROM lines WHERE :word = '%%'"
-                rf" OR {said} LIKE :word ESCAPE '\' OR name LIKE :word ESCAPE '\'"
-                " ORDER BY position DESC LIMIT :count",
-                {"word": pattern, "count": count},
-            ).fetchall()
-        return [(when, _line(*row)) for when, *row in reversed(rows)]
+    def last(self, count: int) -> list[Recalled]:
+        """Return the last `count` lines of all that was ever said."""
+        rows = self._questions.rows(
+            "SELECT position, time, kind, name, text FROM lines ORDER BY position DESC LIMIT ?",
+            (count,),
+        )
+        return [line for _, line in self._sound(reversed(rows))]
+
+    def _search_before(self, end: int, word: str) -> SearchedPage:
+        """Look for a lower-case word in one page of the file before `end`, all at once.
+
+        A LIKE of SQLite takes minutes for some words, and any statement over the whole
+        file keeps its log from being taken over.
+        """
+        [[start, since, block]] = self._searches.rows(
+            "SELECT min(position), min(time), group_concat(name || char(10) || text, char(10))"
+            " FROM (SELECT position, time, name, text FROM lines"
+            " WHERE position < ? ORDER BY position DESC LIMIT ?)",
+            (end, SEARCH_PAGE),
+        )
+        if start is None:
+            return SearchedPage(self.oldest, 0.0, [])
+        if word not in block.lower():
+            return SearchedPage(start, since, [])
+        rows = self._searches.rows(
+            "SELECT position, time, kind, name, text FROM lines"
+            " WHERE position >= ? AND position < ? ORDER BY position DESC",
+            (start, end),
+        )
+        rows = [row for row in rows if word in f"{row[3]}\n{row[4]}".lower()]
+        return SearchedPage(start, since, [line for _, line in self._sound(rows)])
+
+    def _sound(self, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Recalled]]:
+        """Give the positions and the lines of those rows that a server wrote: not the damaged."""
+        for position, when, kind, name, text in rows:
+            with contextlib.suppress(ValueError, TypeError):
+                line = str(Line(Kind(kind), name, text))
+                line.encode(self.fmt)
+                if 0 <= when < MAX_TIME and not CONTROL.search(line):
+                    yield position, Recalled(when, line)
 
     def bans(self) -> list[Ban]:
         """Return the bans that the file has."""
-        with self._reading:
-            return [Ban(*row) for row in self._reader.execute("SELECT * FROM bans")]
+        rows = self._questions.rows("SELECT name, address, by, until, reason FROM bans")
+        return [Ban(*row) for row in rows]
 
     def close(self) -> None:
-        """Close the file and let another server have it."""
-        for connection in (self._pager, self._reader, self._writer):
-            connection.close()
-        os.close(self._held)
+        """Close the file, whole in itself, and let another server have it."""
+        super().close()
+        deadline = time.monotonic() + CLOSE_LIMIT
+        # Readers first: the last to close removes the log, and a reader cannot.  SQLite sees
+        # itself whether the file was moved, and then leaves alone what has the log's name.
+        for access in (self._pager, self._questions, self._searches, self._writer):
+            access.close(deadline)
+        self._place.leave()
 
-    def _open(self) -> None:
-        uri = pathlib.Path(self.path).absolute().as_uri()
-        is_new = os.fstat(self._held).st_size == 0
-        if not is_new:
-            # Looked at without a right to write: what is not ours stays as it is.
-            with contextlib.closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as database:
-                is_new = self._is_empty(database)
-                if not is_new:
-                    self._check(database)
-        self._writer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        self._writer.execute("PRAGMA journal_mode=WAL")
-        self._writer.execute("PRAGMA synchronous=FULL")
-        if is_new:
-            self._create()
-        self._writer.execute("UPDATE room SET format = ?", (self.fmt,))
-        self._reader = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
-        self._reader.create_function("lower_all", 1, str.lower, deterministic=True)
-        self._reading = threading.Lock()  # guards the reader: one question at a time
-        self._pager = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
-        first, last = self._reader.execute(
-            "SELECT min(position), max(position) FROM lines"
-        ).fetchone()
-        self.first = self.first if last is None else last + 1
-        self._oldest = self.first if first is None else first
 
-    def _is_empty(self, database: sqlite3.Connection) -> bool:
-        """Tell whether a server ended here before it had made a history."""
-        os.lseek(self._held, 0, os.SEEK_SET)
-        if os.read(self._held, 16) != b"SQLite format 3\0":
-            return False
-        with contextlib.suppress(sqlite3.DatabaseError):
-            tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            return not tables and not database.execute("PRAGMA application_id").fetchone()[0]
-        return False
+class Place:
+    """The history's file and the log beside it: ours alone, and still where they were.
 
-    def _check(self, database: sqlite3.Connection) -> None:
-        """Raise `HistoryError` unless a file is whole and this version can go on with it."""
+    SQLite writes on into a file that was moved or removed, and nobody will find there
+    what was said; a lock alone stays with the file, so it would let a second server
+    begin on a copy.  Made and left by who owns the history; the broadcaster looks.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        real = os.path.realpath(path)  # where SQLite puts what belongs to the file
+        self._log, self._index = f"{real}-wal", f"{real}-shm"
+        self._held = [_hold(self.path)]
+        self._files: dict[str, tuple[int, int]] = {}  # device and inode of each by its name
         try:
-            application, version = (
-                database.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("application_id", "user_version")
-            )
-            faults = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-        except sqlite3.DatabaseError as error:
-            faults = str(error)
-            application = version = 0
-        if faults != "ok":
-            raise HistoryError(f"{self.path} is damaged or no history: {faults.splitlines()[0]}")
-        if application != self.APPLICATION:
-            raise HistoryError(f"{self.path} is the file of another program; choose another")
-        if version > self.VERSION:
-            raise HistoryError(f"{self.path} was written by a newer version; use that one")
-        fmt = database.execute("SELECT format FROM room").fetchone()[0]
-        if fmt != self.fmt and self.fmt == protocol.FORMAT:
-            raise HistoryError(f"{self.path} is in {fmt}; start with --format {fmt}")
+            if os.path.exists(self._log):  # a server runs, if on another file, or was killed
+                os.close(_hold(self._log))
+        except BaseException:
+            self.leave()
+            raise
 
-    def _create(self) -> None:
-        self._writer.executescript(
-            f"BEGIN; PRAGMA application_id={self.APPLICATION};"
-            f" PRAGMA user_version={self.VERSION}; {self.SCHEMA}"
-            f" INSERT INTO room VALUES ('{self.fmt}'); COMMIT;"
-        )
+    def head(self) -> bytes:
+        """Return the first bytes of the file, by which it is known."""
+        os.lseek(self._held[0], 0, os.SEEK_SET)
+        return os.read(self._held[0], len(MAGIC))
 
-    def _insert(self, lines: list[bytes]) -> None:
-        """Insert lines many at a time: each statement releases the interpreter's lock once."""
-        now = time.time()
-        for first in range(0, len(lines), ROWS):
-            some = lines[first : first + ROWS]
-            values: list[int | float | str] = []
-            for position, line in enumerate(some, self.end + first):
-                values += (position, now, *protocol.parts(line.decode(self.fmt)))
-            rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
-            self._writer.execute(f"INSERT INTO lines VALUES {rows}", values)
+    def settle(self) -> None:
+        """Hold the log too, now that SQLite has made it, and remember which files they are."""
+        self._held.append(_hold(self._log))
+        for path, held in zip((self.path, self._log), self._held, strict=True):
+            self._files[path] = _identity(os.fstat(held))
+        self._files[self._index] = _identity(os.stat(self._index))
+        try:
+            self.check()
+        except NotStored as error:
+            raise HistoryError(str(error)) from None
 
+    def check(self) -> None:
+        """Raise `NotStored` when one of the files is not in its place."""
+        for path, identity in self._files.items():
+            try:
+                found = _identity(os.stat(path))
+            except FileNotFoundError:
+                raise NotStored(f"{path} was moved or removed; put it back") from None
+            except OSError as error:
+                raise NotStored(f"{path} is out of reach: {error.strerror}") from None
+            if found != identity:
+                raise NotStored(f"{path} was replaced by another; put it back")
 
-def _line(kind: str, name: str, text: str) -> str:
-    return str(Line(Kind(kind), name, text))
+    def leave(self) -> None:
+        """Let another server have the file; the last that happens to it.
+
+        Closing a descriptor of a file lets go of SQLite's own locks on it.
+        """
+        for held in self._held:
+            os.close(held)
 
 
 def _hold(path: str) -> int:
@@ -2896,6 +3092,240 @@ def _hold(path: str) -> int:
             os.close(held)
             raise HistoryError(f"{path} is in use by another server") from None
     return held
+
+
+def _identity(file: os.stat_result) -> tuple[int, int]:
+    return file.st_dev, file.st_ino
+
+
+class Access:
+    """A connection to the file, for one thread at a time.
+
+    Closing one while a thread is inside crashes the interpreter, so `close` interrupts
+    who is inside and waits; it rather leaves a connection open.
+    """
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self._lock = threading.Lock()  # held by who is inside
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection to one thread; a closed one raises `sqlite3.Error`."""
+        with self._lock:
+            yield self._database
+
+    def rows(self, statement: str, values: Sequence[int] = ()) -> list[tuple[Any, ...]]:
+        """Return all rows that a statement gives; raise `NotReadable`."""
+        try:
+            with self.inside() as database:
+                return database.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise NotReadable(str(error)) from error
+
+    def close(self, deadline: float, last: str = "") -> None:
+        """End what runs, execute a last statement and close; nobody gets inside any more."""
+        while not self._lock.acquire(timeout=LOCK_STEP):
+            self._database.interrupt()
+            if time.monotonic() >= deadline:
+                log.error("the history's disk does not answer; its file is left open")
+                return
+        try:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute(last)
+            self._database.close()
+        finally:
+            self._lock.release()
+
+
+class Writer:
+    """Puts the room's lines into the file; the broadcaster's thread alone stores."""
+
+    def __init__(
+        self, place: Place, fmt: str, ending: threading.Event, on_waiting: Callable[[bool], None]
+    ) -> None:
+        database = sqlite3.connect(
+            place.path, timeout=1, isolation_level=None, check_same_thread=False
+        )
+        try:
+            _prepare(database, fmt)
+        except BaseException:
+            database.close()
+            raise
+        self._access = Access(database)
+        self._place = place
+        self._fmt = fmt
+        self._ending = ending  # no wait for other programs any more
+        self._on_waiting = on_waiting
+
+    def store(self, position: int, lines: list[bytes], bans: Sequence[Ban] | None) -> None:
+        """Commit lines from `position` on, and a changed list of bans; raise `NotStored`."""
+        self._place.check()
+        try:
+            with self._access.inside() as database:
+                try:
+                    self._begin(database)
+                    self._insert(database, position, lines)
+                    if bans is not None:
+                        database.execute("DELETE FROM bans")
+                        database.executemany("INSERT INTO bans VALUES (?, ?, ?, ?, ?)", bans)
+                    database.execute("COMMIT")
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):
+                        database.rollback()
+                    raise
+                self._confirm(database, position)
+        except sqlite3.Error as error:
+            raise NotStored(str(error)) from error
+
+    def _begin(self, database: sqlite3.Connection) -> None:
+        """Begin to write, however long another program keeps the file locked.
+
+        SQLite's own wait could neither be told of nor ended.
+        """
+        since, told = time.monotonic(), False
+        try:
+            while not _begins(database):
+                if self._ending.wait(LOCK_STEP):
+                    raise NotStored("another program keeps the file locked")
+                self._place.check()
+                if not told and time.monotonic() - since >= TELL_WAITING:
+                    told = True
+                    self._on_waiting(True)
+        finally:
+            if told:
+                self._on_waiting(False)
+
+    def _insert(self, database: sqlite3.Connection, position: int, lines: list[bytes]) -> None:
+        """Insert lines many at a time: each statement releases the interpreter's lock once."""
+        now = time.time()
+        for first in range(0, len(lines), ROWS):
+            some = lines[first : first + ROWS]
+            values: list[int | float | str] = []
+            for place, line in enumerate(some, position + first):
+                values += (place, now, *protocol.parts(line.decode(self._fmt)))
+            rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
+            database.execute(f"INSERT INTO lines VALUES {rows}", values)
+
+    def _confirm(self, database: sqlite3.Connection, position: int) -> None:
+        """See that the file was in its place until the commit, or take the lines out again.
+
+        Refused to their authors, they must not be there when the file is put back.
+        """
+        try:
+            self._place.check()
+        except NotStored:
+            with contextlib.suppress(sqlite3.Error):
+                database.execute("DELETE FROM lines WHERE position >= ?", (position,))
+            raise
+
+    def close(self, deadline: float) -> None:
+        """Take the log over into the file, also if another program has it open, and close."""
+        self._access.close(deadline, "PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _begins(database: sqlite3.Connection) -> bool:
+    """Begin to write, or tell that another program does."""
+    try:
+        database.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+        return False
+    return True
+
+
+# What stands in the file.
+
+MAGIC = b"SQLite format 3\0"
+APPLICATION = 0x43686174  # "Chat", in the file's header
+VERSION = 1
+MAX_TIME = 2**35  # seconds, some thousand years: what a clock may say and `gmtime` takes
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # stands in no line of a room
+SCHEMA = """
+    CREATE TABLE lines (
+        position INTEGER PRIMARY KEY,
+        time REAL NOT NULL,
+        kind TEXT NOT NULL,
+        name TEXT NOT NULL,
+        text TEXT NOT NULL
+    );
+    CREATE TABLE bans (
+        name TEXT NOT NULL, address TEXT NOT NULL, by TEXT NOT NULL,
+        until REAL NOT NULL, reason TEXT NOT NULL
+    );
+    CREATE TABLE room (format TEXT NOT NULL);
+"""
+
+
+def _read_only(path: str) -> sqlite3.Connection:
+    uri = pathlib.Path(path).as_uri()
+    return sqlite3.connect(f"{uri}?mode=ro", timeout=1, uri=True, check_same_thread=False)
+
+
+def _check_file(place: Place, fmt: str) -> tuple[int | None, int | None]:
+    """Return the first and the last position in a file, if it has any.
+
+    Raise `HistoryError` unless this version can go on with it.  It is looked at without
+    a right to write, so that what is not ours stays as it is, and at its ends alone, so
+    that a large file takes no longer than a small one.
+    """
+    head = place.head()
+    if not head:
+        return None, None
+    with contextlib.closing(_read_only(place.path)) as database:
+        try:
+            if head == MAGIC and _is_unfinished(database):
+                return None, None
+            _check_header(place.path, database, fmt)
+            for table in ("lines", "bans"):
+                database.execute(f"SELECT * FROM {table} ORDER BY rowid DESC LIMIT 100").fetchall()
+            # Both in one SELECT would look at every line.
+            ends = "SELECT (SELECT min(position) FROM lines), (SELECT max(position) FROM lines)"
+            first, last = database.execute(ends).fetchone()
+        except sqlite3.OperationalError:
+            raise  # locked, or out of reach
+        except sqlite3.DatabaseError as error:
+            raise HistoryError(f"{place.path} is damaged or no history: {error}") from None
+    return first, last
+
+
+def _is_unfinished(database: sqlite3.Connection) -> bool:
+    """Tell whether a server ended here before it had made a history."""
+    tables, application = database.execute(
+        "SELECT (SELECT count(*) FROM sqlite_master), application_id FROM pragma_application_id"
+    ).fetchone()
+    return not tables and not application
+
+
+def _check_header(path: str, database: sqlite3.Connection, fmt: str) -> None:
+    application, version = database.execute(
+        "SELECT application_id, user_version FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    if application != APPLICATION:
+        raise HistoryError(f"{path} is the file of another program; choose another")
+    if version > VERSION:
+        raise HistoryError(f"{path} was written by a newer version; use that one")
+    formats = [row[0] for row in database.execute("SELECT format FROM room")]
+    if len(formats) != 1 or formats[0] not in protocol.FORMATS:
+        raise HistoryError(f"{path} is damaged: it does not tell its format")
+    if formats[0] != fmt and fmt == protocol.FORMAT:
+        raise HistoryError(f"{path} is in {formats[0]}; start with --format {formats[0]}")
+
+
+def _prepare(database: sqlite3.Connection, fmt: str) -> None:
+    """Make a file that was checked ready to be written to."""
+    if database.execute("PRAGMA journal_mode=WAL").fetchone() != ("wal",):
+        raise sqlite3.OperationalError("its disk cannot keep a log beside it")
+    database.execute("PRAGMA synchronous=FULL")
+    if not database.execute("PRAGMA application_id").fetchone()[0]:
+        database.executescript(
+            f"BEGIN; PRAGMA application_id={APPLICATION}; PRAGMA user_version={VERSION};"
+            f" {SCHEMA} INSERT INTO room VALUES ('{fmt}'); COMMIT;"
+        )
+    if database.execute("SELECT format FROM room").fetchone() != (fmt,):
+        database.execute("UPDATE room SET format = ?", (fmt,))
+    database.execute("PRAGMA busy_timeout=0")  # the waiting is ours from here on
 
 
 # --- Several machines --------------------------------------------------------
@@ -3272,7 +3702,7 @@ def _last_line(text: str) -> str:
     return protocol.escape(lines[0].rpartition("FATAL:  ")[2].removeprefix("ERROR:  "), "utf-8")
 
 
-APPLICATION = "classic-chat"  # the comment on the tables' schema
+MARK = "classic-chat"  # the comment on the tables' schema
 RULES = 1  # the version of the tables, and of what a round does to a room
 OTHER_RULES = "CH001"
 TABLES = """
@@ -3323,6 +3753,7 @@ TABLES = """
         RETURN QUERY SELECT * FROM chat.rounds WHERE rounds.number > after_ ORDER BY 1;
     END $$;
 """
+READ_LINES = "SELECT position, time, kind, name, text FROM chat.lines"
 READ_ROWS = "SELECT number, time, server, batch, entries FROM"
 
 
@@ -3342,7 +3773,7 @@ def prepare(database: Database, fmt: str) -> None:
         )
         if not found:
             _make_tables(database, fmt)
-        elif found != [(APPLICATION,)]:
+        elif found != [(MARK,)]:
             raise HistoryError(f"{database.shown} has a chat of another program; choose another")
         [(rules, its_format)] = database.execute("SELECT rules, format FROM chat.room")
         database.execute("COMMIT")
@@ -3394,10 +3825,8 @@ class SharedHistory(History):
         self.first = self._oldest = self._kept = 0  # until it begins
         self.time = 0.0  # of what is appended next
         self.busy = 0  # the number of the last round in which anything happened
-        self._pages, self._questions = Database(address), Database(address)
-        self._reading = threading.Lock()  # guards the questions: one at a time
-        self._over = threading.Event()
-        prepare(self._questions, fmt)
+        self._pages, self._questions, self._searches = (Reader(address) for _ in range(3))
+        prepare(Database(address), fmt)
 
     @property
     def oldest(self) -> int:
@@ -3411,7 +3840,7 @@ class SharedHistory(History):
             self.first, self._lines = end - len(beginning.lines), beginning.lines
             self._times, self._oldest, self._kept = beginning.times, beginning.oldest, end
 
-    def append(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Give lines their positions; where they are kept is the log."""
         with self._lock:
             self._lines += lines
@@ -3436,49 +3865,78 @@ class SharedHistory(History):
             for number, (when, line) in enumerate(rows, start)
         ]
 
-    def fetch(self, position: int, end: int) -> list[bytes]:
+    def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
         """Return at most `PAGE` lines from the table, as soon as the database answers."""
-        while not self._over.is_set():
-            try:
-                rows = _ask(
-                    self._pages,
-                    "SELECT kind, name, text FROM chat.lines"
-                    f" WHERE position >= $1 AND position < $2 ORDER BY position LIMIT {PAGE}",
+        while not self._ending.is_set():
+            with contextlib.suppress(NotReadable):
+                rows = self._pages.ask(
+                    f"{READ_LINES} WHERE position >= $1 AND position < $2"
+                    f" ORDER BY position LIMIT {PAGE}",
                     position,
                     end,
                 )
-                return [_line(*row).encode(self.fmt) for row in rows]
-            except Away:
-                self._over.wait(AGAIN)
-        return []
+                lines = [line.line.encode(self.fmt) for _, line in map(_recalled, rows)]
+                return (int(rows[0][0]) if rows else end), lines
+            self._ending.wait(AGAIN)
+        raise NotReadable("the history ends")
 
-    def last(self, count: int, word: str = "") -> list[tuple[float, str]]:
-        """Return the last `count` lines of all that was ever said; raise `Away`."""
+    def last(self, count: int) -> list[Recalled]:
+        """Return the last `count` lines of all that was ever said."""
         first = self.first
-        found = super().last(count, word)
+        found = super().last(count)
         if len(found) < count and first > self._oldest:
-            with self._reading:
-                rows = _ask(
-                    self._questions,
-                    "SELECT time, kind, name, text FROM chat.lines WHERE position < $1 AND"
-                    " (position(lower($2) IN lower(name)) > 0"
-                    " OR position(lower($2) IN lower(text)) > 0)"
-                    " ORDER BY position DESC LIMIT $3",
-                    first,
-                    word,
-                    count - len(found),
-                )
-            found = [(float(when), _line(*row)) for when, *row in reversed(rows)] + found
+            rows = self._questions.ask(
+                f"{READ_LINES} WHERE position < $1 ORDER BY position DESC LIMIT $2",
+                first,
+                count - len(found),
+            )
+            found = [line for _, line in map(_recalled, reversed(rows))] + found
         return found
 
-    def give_up(self) -> None:
-        """Have nothing wait for the database any more."""
-        self._over.set()
+    def _search_before(self, end: int, word: str) -> SearchedPage:
+        """Look for a lower-case word in memory first, then page by page in the table."""
+        if end > self.first:
+            return super()._search_before(end, word)
+        rows = self._searches.ask(
+            f"{READ_LINES} WHERE position < $1 ORDER BY position DESC LIMIT {SEARCH_PAGE}", end
+        )
+        if not rows:
+            return SearchedPage(self.oldest, 0.0, [])
+        found = [line for _, line in map(_recalled, rows) if _has(line.line, word)]
+        start, last = _recalled(rows[-1])
+        return SearchedPage(start, last.time, found)
 
     def close(self) -> None:
         """Close the connections."""
-        self._pages.close()
-        self._questions.close()
+        super().close()
+        for reader in (self._pages, self._questions, self._searches):
+            reader.close()
+
+
+class Reader:
+    """A connection for questions, kept between them; any thread, under its lock."""
+
+    def __init__(self, address: str) -> None:
+        self._database = Database(address)
+        self._lock = threading.Lock()  # guards the connection: one question at a time
+
+    def ask(self, statement: str, *values: object) -> list[tuple[str, ...]]:
+        """Return the rows that answer a question; raise `NotReadable`."""
+        try:
+            with self._lock:
+                return _ask(self._database, statement, *values)
+        except Away as error:
+            raise NotReadable(str(error)) from None
+
+    def close(self) -> None:
+        """Close the connection, when nobody asks."""
+        with self._lock:
+            self._database.close()
+
+
+def _recalled(row: tuple[str, ...]) -> tuple[int, Recalled]:
+    position, when, kind, name, text = row
+    return int(position), Recalled(float(when), str(Line(Kind(kind), name, text)))
 
 
 def _ask(database: Database, statement: str, *values: object) -> list[tuple[str, ...]]:
@@ -3850,20 +4308,19 @@ def _read_beginning(database: Database, count: int, fmt: str) -> Beginning:
         f"{READ_ROWS} chat.rounds WHERE number > $1 ORDER BY 1", number, seconds=READ_ALL
     )
     lines = database.execute(
-        "SELECT time, kind, name, text FROM chat.lines ORDER BY position DESC LIMIT $1",
-        count,
-        seconds=READ_ALL,
+        f"{READ_LINES} ORDER BY position DESC LIMIT $1", count, seconds=READ_ALL
     )[::-1]
     [(oldest,)] = database.execute("SELECT min(position) FROM chat.lines")
     database.execute("COMMIT")
     state = json.loads(text)
+    last = [line for _, line in map(_recalled, lines)]
     return Beginning(
         int(number),
         state,
         _rows(rows),
         int(oldest or state["end"]),
-        [_line(*line).encode(fmt) for _, *line in lines],
-        [float(when) for when, *_ in lines],
+        [line.line.encode(fmt) for line in last],
+        [line.time for line in last],
     )
 
 
@@ -4228,7 +4685,7 @@ class Console:
         places: list[logging.Handler] = [logging.StreamHandler()]
         if file is not None:
             places.append(LogFile(file, encoding="utf-8", errors="backslashreplace"))
-        self._writers = [Writer(place) for place in places]
+        self._writers = [LogWriter(place) for place in places]
         logging.basicConfig(
             format="%(asctime)s %(levelname)s %(message)s",
             level=logging.DEBUG if verbose else logging.INFO,
@@ -4253,7 +4710,7 @@ class Console:
         return any(writer.is_alive() for writer in self._writers)
 
 
-class Writer(threading.Thread):
+class LogWriter(threading.Thread):
     """Writes the log to one place."""
 
     def __init__(self, place: logging.Handler) -> None:

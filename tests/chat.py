@@ -135,6 +135,20 @@ class Peer:
         assert line is not None, f"the connection was closed; unfinished: {self._input!r}"
         return line
 
+    def take(self, count: int) -> bytes:
+        """Return the next bytes, so many, whatever they are."""
+        data = b"".join(line + b"\n" for line in self._lines) + self._input
+        self._lines.clear()
+        deadline = time.monotonic() + DEADLINE
+        while len(data) < count:
+            self._wait_for_bytes(deadline)
+            more = self.sock.recv(65536)
+            assert more, f"the connection was closed behind {data!r}"
+            data += more
+        *lines, self._input = data[count:].split(b"\n")
+        self._lines.extend(lines)
+        return data[:count]
+
     def _read_line(self) -> str | None:
         deadline = time.monotonic() + DEADLINE
         while not self._lines and not self._ended:

@@ -6,6 +6,7 @@ import errno
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,19 +16,40 @@ from chat import (
     close_peers,
     crowd,
     hand_in,
+    is_away,
     no_leaks,
     pair,
     room_lines,
     run_chat,
     run_server,
     session_of,
+    stopping,
     wait_until,
 )
 
 import protocol
 import server as server_module
 from protocol import Connection
-from server import Answered, ChatServer, Output, Said
+from server import (
+    Answered,
+    Asked,
+    Banned,
+    ChatServer,
+    Claim,
+    Kicked,
+    Left,
+    Lost,
+    Output,
+    Passed,
+    Promoted,
+    Renamed,
+    Room,
+    Said,
+    Unbanned,
+    Whispered,
+)
+
+KEY = "0123456789abcdef"
 
 
 @pytest.fixture
@@ -193,7 +215,6 @@ def test_no_error_ends_accepting(
 
 # --- Peers vanish ------------------------------------------------------------
 
-KEY = "0123456789abcdef"
 STAGES: dict[str, Callable[[Peer], object]] = {
     "at once": lambda peer: None,
     "when asked": lambda peer: peer.expect("NICK"),
@@ -398,6 +419,237 @@ def test_a_fault_with_one_line_costs_one_client(
     assert "a fault of the test" in caplog.text
     alice.send("hello")
     alice.expect("alice: hello")
+
+
+def fail_to_apply(monkeypatch: pytest.MonkeyPatch, kind: type, times: int = 1) -> list[object]:
+    """Have entries of a kind fail when they are applied, so often; return those that did."""
+    apply, failed = Room.apply, list[object]()
+
+    def apply_or_raise(room: Room, entry: object) -> object:
+        if type(entry) is kind and len(failed) < times:
+            failed.append(entry)
+            raise ValueError("a fault of the test")
+        return apply(room, entry)
+
+    monkeypatch.setattr(Room, "apply", apply_or_raise)
+    return failed
+
+
+UNFORESEEN = "-> not sent: something went wrong here; try again"
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("hello", Said),
+        ("/me waves", Said),
+        ("/msg bob psst", Whispered),
+        ("/nick alicia", Renamed),
+        ("/names", Asked),
+        ("/dance", Answered),
+        ("/history 1", Answered),
+        ("/op secret", Promoted),
+        ("/kick bob", Kicked),
+        ("/ban bob", Banned),
+        ("/unban bob", Unbanned),
+    ],
+)
+def test_an_entry_that_cannot_be_applied_is_refused_to_its_author(
+    monkeypatch: pytest.MonkeyPatch, line: str, kind: type
+) -> None:
+    """Who asked for what fails is told so, once, and the rest of the round happens."""
+    with run_chat(op_password="secret") as room:
+        alice, bob = pair(room.port)
+        alice.send("/op secret")
+        alice.expect("-> you are an operator; /kick, /ban, /unban and /bans are yours")
+        failed = fail_to_apply(monkeypatch, kind)
+        alice.send(line)
+        alice.expect(UNFORESEEN)
+        alice.send("and on", "/names")
+        alice.expect("alice: and on", "-> 2 here: alice, bob")
+        bob.expect("alice: and on")
+        assert len(failed) == 1
+
+
+def test_each_line_that_fails_with_others_is_refused(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines that came at once and fail at once have a refusal each, as an author counts them."""
+    alice, bob = pair(room.port)
+    fail_to_apply(monkeypatch, Said)
+    alice.send("one", "two", "three")
+    alice.expect(*[UNFORESEEN] * 3)
+    bob.expect_nothing()
+
+
+def test_a_claim_that_fails_can_be_made_again(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is not let in through a fault is told so and asked for the name again."""
+    fail_to_apply(monkeypatch, Claim)
+    alice = Peer(room.port).introduce("alice")
+    alice.expect("-> something went wrong here; try again")
+    alice.join("alice")
+
+
+@pytest.mark.parametrize(("kind", "farewell"), [(Left, "/quit"), (Lost, "")])
+@pytest.mark.parametrize("half", [False, True])
+def test_who_leaves_is_gone_though_leaving_fails(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, kind: type, farewell: str, half: bool
+) -> None:
+    """A fault in somebody's leaving, or half-way through it, keeps neither name nor connection."""
+    alice = Peer(room.port).join("alice")
+    bob = Peer(room.port).introduce(f"bob -0 {KEY}")
+    bob.expect_eventually("* bob joined the chat")
+    alice.expect("* bob joined the chat")
+    if half:
+        monkeypatch.setattr(Room, "_remember", fail)
+        monkeypatch.setattr(Room, "_set_deadline", fail)
+    else:
+        fail_to_apply(monkeypatch, kind)
+    if farewell:
+        bob.send(farewell)
+    else:
+        bob.end_input()
+    assert bob.rest() == (["-> bye"] if farewell else [])
+    alice.expect("* bob left the chat")
+    wait_until(lambda: len(room.clients) == 1, "bob's connection to be closed")
+    monkeypatch.undo()
+    Peer(room.port).join("bob")
+    alice.expect("* bob joined the chat")
+    alice.send("/names")
+    alice.expect("-> 2 here: alice, bob")
+
+
+def fail(*_: object, **__: object) -> None:
+    """Fail as nobody expected."""
+    raise ValueError("a fault of the test")
+
+
+def test_time_that_fails_to_pass_holds_up_nothing(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place that cannot be given up in time is given up when it can."""
+    monkeypatch.setattr(server_module, "HELD", 0.0)
+    alice = Peer(room.port).join("alice")
+    bob = Peer(room.port).introduce(f"bob -0 {KEY}")
+    alice.expect("* bob joined the chat")
+    failed = fail_to_apply(monkeypatch, Passed, times=3)
+    bob.vanish()
+    alice.expect("* bob left the chat")
+    assert len(failed) == 3
+
+
+def test_a_fault_in_beginning_to_follow_ends_one_client(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was let in and cannot be served is gone again; the others see it, and talk."""
+    alice = Peer(room.port).join("alice")
+    with monkeypatch.context() as broken:
+        broken.setattr(protocol, "at", fail)
+        bob = Peer(room.port).introduce("bob -0")
+        assert bob.rest() in (
+            [],
+            ["-> Welcome, bob! /help lists the commands. Already here: alice"],
+        )
+        alice.expect("* bob joined the chat", "* bob left the chat")
+        wait_until(lambda: len(room.clients) == 1, "bob's connection to be closed")
+    alice.send("hello")
+    alice.expect("alice: hello")
+
+
+def test_what_no_round_comes_to_has_an_outcome(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the room stops in the middle of a long round, who waits for a name waits no more."""
+    monkeypatch.setattr(server_module, "STOP_DELIVER", 0.0)
+    alice = Peer(room.port).join("alice")
+    append, begun, may_go_on = room.history.append, threading.Event(), threading.Event()
+
+    def append_later(lines: list[bytes], bans: object = None) -> None:
+        begun.set()
+        may_go_on.wait(30)
+        append(lines)
+
+    monkeypatch.setattr(room.history, "append", append_later)
+    log = room.broadcaster.log
+    alice.send("hello")
+    wait_until(begun.is_set, "the round to begin")
+    bob = Peer(room.port).introduce("bob")
+    wait_until(lambda: len(log) == 1, "bob's claim")
+    with stopping(room):
+        wait_until(lambda: log._closed, "the room to stop")
+        may_go_on.set()
+        bob.rest()
+    wait_until(lambda: not room.clients, "all threads to end")
+
+
+# --- Clocks ------------------------------------------------------------------
+
+
+def test_a_pause_that_fails_ends_nothing(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A clock with which the broadcaster cannot pause costs nobody a line."""
+    peers = pair(room.port)
+    with monkeypatch.context() as broken:
+        broken.setattr(server_module, "time", Clock(sleep=fail))
+        for number in range(100):
+            peers[number % 2].send(str(number))
+            for peer in peers:
+                peer.expect_match(rf"(alice|bob): {number}")
+        wait_until(lambda: "a fault of the test" in caplog.text, "a pause to fail")
+
+
+class Clock:
+    """The module `time` but for some functions."""
+
+    def __init__(self, **functions: Callable[..., object]) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> object:
+        return self._functions.get(name) or getattr(time, name)
+
+
+def test_a_clock_that_fails_for_a_while_ends_nothing(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When no clock can be read the room waits, and goes on where it was afterwards."""
+    alice, bob = pair(room.port)
+    monotonic = time.monotonic
+
+    def fail_for_the_room() -> float:
+        if threading.current_thread().name == "broadcaster":
+            fail()
+        return monotonic()
+
+    with monkeypatch.context() as broken:
+        broken.setattr(server_module, "time", Clock(monotonic=fail_for_the_room))
+        alice.send("hello")
+        wait_until(lambda: caplog.text.count("a fault of the test") > 1, "the clock to fail")
+    alice.send("hello again")
+    bob.expect("alice: hello", "alice: hello again")
+
+
+def test_a_clock_set_back_by_years_holds_up_nobody(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far off the end of something kept may seem, people talk and come back."""
+    alice = Peer(room.port).join("alice")
+    bob = Peer(room.port).introduce(f"bob -0 {KEY}")
+    alice.expect("* bob joined the chat")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 5 * 365 * 86400)
+    bob.vanish()
+    wait_until(lambda: is_away(room, "bob"), "bob's place to be kept")
+    for number in range(3):
+        alice.send(f"hello {number}")
+        alice.expect(f"alice: hello {number}")
+    bob = Peer(room.port).introduce(f"bob -0 {KEY}")
+    bob.expect("-> Welcome back, bob!")
+
+
+# --- Wake-ups ----------------------------------------------------------------
 
 
 def test_no_wake_up_is_lost() -> None:

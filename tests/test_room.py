@@ -9,11 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chat import Peer, hand_in, pair, run_chat, session_of, stopping, wait_until
+from chat import (
+    Peer,
+    hand_in,
+    is_away,
+    pair,
+    run_chat,
+    session_of,
+    stopping,
+    wait_until,
+)
+from proxy import STALL, Proxy
 
 import protocol
 import server as server_module
-from server import ChatServer, Said
+from server import ChatServer, Passed, Said
 
 KEY = "0123456789abcdef"
 
@@ -291,6 +301,62 @@ def test_a_name_given_up_is_announced_before_it_is_taken(room: ChatServer) -> No
         server_module.log.setLevel(level)
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("alice", "aIice"), ("alice", "a1ice"), ("Bill", "BiIl"), ("mark", "rnark"), ("xOz", "x0z")],
+)
+def test_a_name_that_looks_like_one_here_is_refused(
+    room: ChatServer, name: str, other: str
+) -> None:
+    """Who is taken for whom is told, at the door and for /nick, and another name is welcome."""
+    alice = Peer(room.port).join(name)
+    reason = f"the name {other} looks like {name}, who is here; choose another"
+    bob = Peer(room.port).introduce(other)
+    bob.expect(f"-> {reason}")
+    bob.join("bob")
+    bob.send(f"/nick {other}", "still bob")
+    bob.expect(f"-> not sent: {reason}", "bob: still bob")
+    alice.send("/nick somebody-else")
+    bob.expect(f"* {name} is now somebody-else")
+    bob.send(f"/nick {other}")
+    bob.expect(f"-> you are now {other}")
+    Peer(room.port).introduce(name).expect(
+        f"-> the name {name} looks like {other}, who is here; choose another"
+    )
+
+
+def test_names_that_only_sound_alike_are_two(room: ChatServer) -> None:
+    """Looks are compared with their case: Lan may come in beside Ian."""
+    Peer(room.port).join("Ian")
+    Peer(room.port).join("Lan")
+    assert room.names == ["Ian", "Lan"]
+
+
+def test_one_may_take_a_name_that_looks_like_ones_own(room: ChatServer) -> None:
+    """Nobody is in the own way, and the old name stays as taken as the new one."""
+    alice = Peer(room.port).join("alice")
+    alice.send("/nick aIice", "/nick alice")
+    alice.expect("-> you are now aIice", "* alice is now aIice")
+    alice.expect("-> you are now alice", "* aIice is now alice")
+    Peer(room.port).introduce("aIice").expect_match("-> the name aIice looks like alice, .*")
+
+
+def test_three_refusals_of_any_kind_are_all(room: ChatServer) -> None:
+    """A name that is badly formed, taken or alike costs a try each, the third the connection."""
+    alice = Peer(room.port).join("alice")
+    bob = Peer(room.port)
+    for name, reason in (
+        ("two words", protocol.HOW_TO_ANSWER),
+        ("ALICE", protocol.NAME_TAKEN.format(name="ALICE")),
+        ("aIice", protocol.NAME_LOOKS_TAKEN.format(name="aIice", other="alice")),
+    ):
+        bob.introduce(name)
+        bob.expect(f"-> {reason}")
+    bob.expect(protocol.NO_MORE_TRIES)
+    bob.expect_closed()
+    alice.expect_nothing()
+
+
 # --- Where the conversation starts -------------------------------------------
 
 
@@ -344,8 +410,8 @@ def test_positions_outside_of_the_history_are_set_right(room: ChatServer) -> Non
     bob.expect_eventually("* bob joined the chat")
     carol.introduce("carol 999999999999999999")
     carol.expect_match("-> Welcome, carol! .*")
-    # A position that has not come yet is of another history: all of this one is new.
-    carol.expect(f"-> at {first}", "* alice joined the chat")
+    carol.expect(f"-> at {first}", "* alice joined the chat", "alice: line 0")
+    carol.expect_eventually("* carol joined the chat")
 
 
 def test_counting_room_lines_is_knowing_the_position(room: ChatServer) -> None:
@@ -505,6 +571,379 @@ def test_a_place_can_be_taken_back_many_times(room: ChatServer) -> None:
     bob.expect("* alice joined the chat", *(f"alice: line {number}" for number in range(20)))
     bob.send("/names")
     bob.expect("-> 2 here: bob, alice")
+
+
+# --- A place that is kept ----------------------------------------------------
+
+
+def join_with_key(room: ChatServer, name: str, start: str = "-0") -> Peer:
+    """Return somebody new who can come back."""
+    peer = Peer(room.port).introduce(f"{name} {start} {KEY}")
+    peer.expect_eventually(f"* {name} joined the chat")
+    return peer
+
+
+def lose(room: ChatServer, name: str, peer: Peer) -> None:
+    """Have somebody lose the connection, and the room know of it."""
+    peer.vanish()
+    wait_until(lambda: is_away(room, name), f"{name}'s place to be kept")
+
+
+def come_back(room: ChatServer, introduction: str) -> tuple[Peer, list[str]]:
+    """Come back with the key; return the peer and what it is greeted with, up to `-> at N`."""
+    peer = Peer(room.port).introduce(f"{introduction} {KEY}")
+    lines = [peer.next_line()]
+    while protocol.position_in(lines[-1]) is None:
+        lines.append(peer.next_line())
+    return peer, lines
+
+
+def test_who_loses_the_line_is_still_here(room: ChatServer) -> None:
+    """A place with a key is kept without a word: the name is taken, listed and found."""
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    alice.expect("* bob joined the chat")
+    lose(room, "bob", bob)
+    alice.send("/names", "/nick bob")
+    alice.expect("-> 2 here: alice, bob")
+    alice.expect("-> not sent: the name bob is taken; choose another")
+    Peer(room.port).introduce("bob").expect("-> the name bob is taken; choose another")
+    Peer(room.port).introduce("b0b -0").expect_match("-> Welcome, b0b! .* alice, bob")
+    bob, lines = come_back(room, "bob -0")
+    assert lines[0] == "-> Welcome back, bob!"
+    bob.send("here I am")
+    bob.expect_eventually("bob: here I am")
+    alice.expect("* b0b joined the chat", "bob: here I am")
+
+
+def test_a_place_is_kept_so_long(room: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its time the place is given up with a line for the room, and the name is free."""
+    monkeypatch.setattr(server_module, "HELD", 0.2)
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    bob.vanish()
+    alice.expect("* bob joined the chat", "* bob left the chat")
+    alice.send("/msg bob hi")
+    alice.expect("-> not sent: nobody here is called bob; /names lists who is here")
+    bob = Peer(room.port).introduce(f"bob -0 {KEY}")
+    bob.expect("-> Welcome, bob! /help lists the commands. Already here: alice")
+
+
+@pytest.mark.parametrize("introduction", ["bob", "bob -0"])
+def test_a_place_without_a_key_is_not_kept(room: ChatServer, introduction: str) -> None:
+    """Who could not come back to it leaves at once."""
+    alice = Peer(room.port).join("alice")
+    bob = Peer(room.port).introduce(introduction)
+    bob.expect_eventually("* bob joined the chat")
+    bob.vanish()
+    alice.expect("* bob joined the chat", "* bob left the chat")
+
+
+def test_who_says_goodbye_is_not_kept(room: ChatServer) -> None:
+    """With /quit somebody leaves at once, with a key too."""
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    bob.send("/quit")
+    alice.expect("* bob joined the chat", "* bob left the chat")
+
+
+def test_a_flapping_connection_fills_the_room_with_nothing(room: ChatServer) -> None:
+    """However often somebody is lost and comes back, the others see what is said and no more."""
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    for number in range(20):
+        bob.send(str(number))
+        bob.expect_eventually(f"bob: {number}")
+        lose(room, "bob", bob)
+        bob, _ = come_back(room, "bob -0")
+    alice.expect("* bob joined the chat", *(f"bob: {number}" for number in range(20)))
+    alice.expect_nothing()
+
+
+def test_a_private_line_to_who_is_away_arrives(room: ChatServer) -> None:
+    """What was confirmed while somebody was away comes with the return, once, in its place."""
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    alice.send("/msg bob heard")
+    bob.expect("[from alice] heard")
+    position = room.history.end
+    lose(room, "bob", bob)
+    alice.send("one", "/msg bob psst", "two", "/me waves", "/msg bob psst again")
+    alice.expect_eventually("-> to bob: psst again")
+    bob, _ = come_back(room, f"bob {position}")
+    bob.expect(
+        *("alice: one", "[from alice] psst", "alice: two", "** alice waves"),
+        "[from alice] psst again",
+    )
+    bob.expect_nothing()
+    lose(room, "bob", bob)
+    bob, _ = come_back(room, "bob -0")
+    bob.expect_nothing()
+
+
+def test_who_is_away_can_be_answered(room: ChatServer) -> None:
+    """/reply finds who wrote last, though the line was lost since, on either side."""
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    alice.send("/msg bob hi")
+    bob.expect("[from alice] hi")
+    bob.send("/reply hello")
+    alice.expect_eventually("[from bob] hello")
+    lose(room, "bob", bob)
+    alice.send("/r are you there?")
+    alice.expect("-> to bob: are you there?")
+    bob, _ = come_back(room, "bob -0")
+    bob.expect("[from alice] are you there?")
+    bob.send("/r yes")
+    bob.expect("-> to alice: yes")
+    alice.expect("[from bob] yes")
+
+
+def test_a_key_comes_back_under_the_name_that_the_place_has_now(room: ChatServer) -> None:
+    """Who did not hear that /nick was granted is told so behind the welcome."""
+    bob = join_with_key(room, "bob")
+    bob.send("/nick rob")
+    bob.expect_eventually("* bob is now rob")
+    lose(room, "rob", bob)
+    rob, lines = come_back(room, "bob -0")
+    assert lines[:2] == ["-> Welcome back, rob!", "-> you are now rob"]
+    rob.send("bob: hello", "rob: hello")
+    rob.expect("rob: bob: hello", "rob: hello")
+
+
+# --- Private lines, counted --------------------------------------------------
+
+
+def test_private_lines_are_counted_for_who_counts(room: ChatServer) -> None:
+    """Who says how many it has had is answered alike, and gets those behind them, once."""
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    alice.send(*(f"/msg bob {number}" for number in range(5)))
+    bob.expect(*(f"[from alice] {number}" for number in range(5)))
+    end = room.history.end
+    for had in 0, 2, 4:
+        bob, lines = come_back(room, f"bob {end}+{had}")
+        assert lines == ["-> Welcome back, bob!", f"-> at {end}+{had}"]
+        bob.expect(*(f"[from alice] {number}" for number in range(had, 5)))
+        bob.expect_nothing()
+    alice.send("/msg bob 5")
+    bob.expect("[from alice] 5")
+    bob, lines = come_back(room, f"bob {end}+6")
+    assert lines[-1] == f"-> at {end}+6"
+    bob.expect_nothing()
+
+
+@pytest.mark.parametrize("introduction", ["bob -0", "bob 0", "bob -20"])
+def test_who_does_not_count_is_answered_without(room: ChatServer, introduction: str) -> None:
+    """A plus stands in the answer when it stood in the question."""
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    alice.send("/msg bob hi")
+    bob.expect("[from alice] hi")
+    _, lines = come_back(room, introduction)
+    assert lines[0] == "-> Welcome back, bob!"
+    assert re.fullmatch(r"-> at \d+", lines[1])
+    _, lines = come_back(room, "bob -0+1")
+    assert re.fullmatch(r"-> at \d+\+1", lines[1])
+
+
+def test_a_line_confirmed_while_the_connection_was_dead_arrives_once(room: ChatServer) -> None:
+    """A line that the server sent to a connection that was no more comes with the return."""
+    alice = Peer(room.port).join("alice")
+    with Proxy(room.port) as proxy:
+        bob = Peer(proxy.port).introduce(f"bob -0 {KEY}")
+        bob.expect_eventually("* bob joined the chat")
+        alice.expect("* bob joined the chat")
+        alice.send("/msg bob heard")
+        bob.expect("[from alice] heard")
+        proxy.end(STALL)
+        position = room.history.end
+        alice.send("/msg bob one", "aloud", "/msg bob two")
+        alice.expect("-> to bob: heard", "-> to bob: one", "alice: aloud", "-> to bob: two")
+        assert not is_away(room, "bob")
+        bob, _ = come_back(room, f"bob {position}+1")
+        bob.expect("[from alice] one", "alice: aloud", "[from alice] two")
+        alice.send("/msg bob three")
+        bob.expect("[from alice] three")
+        bob.expect_nothing()
+        bob, _ = come_back(room, f"bob {position + 1}+4")
+        bob.expect_nothing()
+
+
+def test_private_lines_that_are_no_more_are_told(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more than are kept the last ones come, and how many are missing before them."""
+    monkeypatch.setattr(server_module, "MAIL_LINES", 5)
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    lose(room, "bob", bob)
+    alice.send(*(f"/msg bob {number}" for number in range(8)))
+    alice.expect_eventually("-> to bob: 7")
+    for introduction in "bob -0", "bob -0+0":
+        bob, _ = come_back(room, introduction)
+        bob.expect("-> missed 3 private lines", *(f"[from alice] {n}" for n in range(3, 8)))
+        bob.expect_nothing()
+    bob, _ = come_back(room, "bob -0+2")
+    bob.expect("-> missed 1 private line", *(f"[from alice] {n}" for n in range(3, 8)))
+    bob, _ = come_back(room, "bob -0+8")
+    bob.expect_nothing()
+
+
+def test_private_lines_are_kept_up_to_so_many_bytes(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of what waits for who is away are bounded too."""
+    monkeypatch.setattr(server_module, "MAIL_BYTES", 3000)
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    lose(room, "bob", bob)
+    alice.send(*(f"/msg bob {number}{'x' * 900}" for number in range(8)))
+    alice.expect_eventually(f"-> to bob: 7{'x' * 900}")
+    bob, _ = come_back(room, "bob -0+0")
+    bob.expect("-> missed 5 private lines", *(f"[from alice] {n}{'x' * 900}" for n in (5, 6, 7)))
+
+
+def test_the_count_goes_on_through_a_new_name(room: ChatServer) -> None:
+    """Private lines are the key's: a new name neither loses nor repeats one."""
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    alice.send("/msg bob one")
+    bob.expect("[from alice] one")
+    bob.send("/nick rob")
+    alice.expect_eventually("* bob is now rob")
+    alice.send("/msg rob two", "/msg rob three")
+    alice.expect_eventually("-> to rob: three")
+    rob, lines = come_back(room, "rob -0+2")
+    assert lines[1].endswith("+2")
+    rob.expect("[from alice] three")
+    rob.expect_nothing()
+
+
+def test_an_unknown_key_brings_its_own_count() -> None:
+    """A server that was restarted takes the client's count and goes on from there."""
+    for _ in range(2):
+        with run_chat() as room:
+            bob = Peer(room.port).introduce(f"bob -0+7 {KEY}")
+            bob.expect_match("-> Welcome, bob! .*")
+            bob.expect_match(r"-> at \d+\+7")
+            bob.expect("* bob joined the chat")
+            alice = Peer(room.port).join("alice")
+            alice.send("/msg bob eight", "/msg bob nine")
+            bob.expect("* alice joined the chat", "[from alice] eight", "[from alice] nine")
+            bob, _ = come_back(room, "bob -0+8")
+            bob.expect("[from alice] nine")
+            bob.expect_nothing()
+
+
+def test_a_restart_with_a_history_takes_the_clients_count(tmp_path: Path) -> None:
+    """Private lines are in no file; the count goes on with the room all the same."""
+    file = str(tmp_path / "room.db")
+    with run_chat(history=file) as room:
+        alice = Peer(room.port).join("alice")
+        bob = join_with_key(room, "bob")
+        alice.send("/msg bob one", "/msg bob two")
+        bob.expect("[from alice] one", "[from alice] two")
+        position = room.history.end
+    with run_chat(history=file) as room:
+        bob = Peer(room.port).introduce(f"bob {position}+2 {KEY}")
+        bob.expect_match("-> Welcome, bob! .*")
+        bob.expect(f"-> at {position}+2")
+        bob.expect_eventually("* bob joined the chat")
+        alice = Peer(room.port).join("alice")
+        alice.send("/msg bob three")
+        bob.expect("* alice joined the chat", "[from alice] three")
+        bob, _ = come_back(room, "bob -0+2")
+        bob.expect("[from alice] three")
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(60.0, ["[from alice] psst"]), (0.0, [])])
+def test_private_lines_outlive_the_stay_for_a_while(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, kept: float, expected: list[str]
+) -> None:
+    """Who was given up and comes back gets what was confirmed; later there is nothing to tell."""
+    monkeypatch.setattr(server_module, "HELD", 0.0)
+    monkeypatch.setattr(server_module, "MAIL_KEPT", kept)
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    alice.send("/msg bob psst")
+    alice.expect("* bob joined the chat", "-> to bob: psst")
+    bob.vanish()
+    alice.expect("* bob left the chat")
+    wait_until(lambda: kept or not room.broadcaster.room.mail, "the line to be given up")
+    bob = Peer(room.port).introduce(f"bob -0+0 {KEY}")
+    bob.expect_match("-> Welcome, bob! .*")
+    bob.expect_match(r"-> at \d+\+0")
+    bob.expect(*expected, "* bob joined the chat")
+
+
+def test_mail_is_kept_while_its_owner_is_here(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has come back, counting or not, loses nothing to the time since the last stay."""
+    monkeypatch.setattr(server_module, "MAIL_KEPT", 0.3)
+    alice = Peer(room.port).join("alice")
+    bob = join_with_key(room, "bob")
+    alice.send("/msg bob one")
+    bob.expect("[from alice] one")
+    bob.send("/quit")
+    alice.expect_eventually("* bob left the chat")
+    bob = join_with_key(room, "bob")
+    passed = room.broadcaster.room.time + 1.0
+    hand_in(room, Passed(passed))
+    alice.send("/msg bob two")
+    bob.expect_eventually("[from alice] two")
+    bob, _ = come_back(room, "bob -0+1")
+    bob.expect("[from alice] two")
+    bob.expect_nothing()
+
+
+# --- Answering who wrote -----------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["/reply", "/r", "/R"])
+def test_reply_goes_to_who_wrote_last(room: ChatServer, verb: str) -> None:
+    """It is sent and confirmed as /msg is, to the last of those who wrote, by any name."""
+    alice, bob = pair(room.port)
+    carol = Peer(room.port).join("carol")
+    alice.expect("* carol joined the chat")
+    bob.send("/msg alice from bob")
+    alice.expect("[from bob] from bob")
+    alice.send(f"{verb} one")
+    alice.expect("-> to bob: one")
+    bob.expect_eventually("[from alice] one")
+    carol.send("/msg alice from carol", "/nick caro")
+    alice.expect("[from carol] from carol", "* carol is now caro")
+    alice.send(f"{verb}  two  words")
+    alice.expect("-> to caro: two  words")
+    carol.expect_eventually("[from alice] two  words")
+    bob.send("/r three")
+    alice.expect("[from bob] three")
+
+
+def test_reply_needs_somebody_and_something(room: ChatServer) -> None:
+    """Nobody to answer, nobody any more and nothing to say are each told."""
+    alice, bob = pair(room.port)
+    alice.send("/reply hi", "/r", "/reply  ")
+    alice.expect(f"-> not sent: {protocol.NOBODY_WROTE}")
+    for _ in range(2):
+        alice.expect_match("-> usage: /reply TEXT, to .*; /r TEXT does it too")
+    bob.send("/msg alice hi", "/quit")
+    alice.expect("[from bob] hi", "* bob left the chat")
+    bob = Peer(room.port).introduce("bob -0")  # another stay: it may be another person
+    bob.expect_eventually("* bob joined the chat")
+    alice.expect("* bob joined the chat")
+    alice.send("/r hi")
+    alice.expect(f"-> not sent: {protocol.CORRESPONDENT_LEFT}")
+    bob.expect_nothing()
+
+
+def test_reply_to_who_does_not_exist_any_more_is_not_said(room: ChatServer) -> None:
+    """A refused answer is for its author alone."""
+    alice, bob = pair(room.port)
+    alice.send("/r secret")
+    alice.expect(f"-> not sent: {protocol.NOBODY_WROTE}")
+    bob.expect_nothing()
 
 
 # --- Commands ----------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
 from collections.abc import Iterator
 
 import pytest
-from chat import Peer, run_chat
+from chat import Peer, pair, run_chat
+from terminal import Terminal
 
 import protocol
 from protocol import MAX_LINE, MAX_UNFRAMED
@@ -278,6 +281,81 @@ def test_a_text_like_another_protocol_is_a_text(alice: Peer) -> None:
     alice.expect("alice: GET / HTTP/1.1", "alice: SSH-2.0-OpenSSH")
 
 
+# --- Telnet ------------------------------------------------------------------
+
+CTRL_C = b"\xff\xf4\xff\xfd\x06"  # Interrupt Process, and: tell me when you are there
+SYNCH = b"\xff\xf2"  # a data mark, of which the last byte is urgent
+BEGIN = bytes.fromhex("fffd03 fffb18 fffb1f fffb20 fffb21 fffb22 fffb27 fffd05")  # Linux's telnet
+
+
+def test_ctrl_c_in_telnet_leaves_it_talking(alice: Peer) -> None:
+    """What telnet sends for Ctrl-C is answered as it asks, and the next line is said."""
+    for text in "hello", "again":
+        alice.send_raw(CTRL_C)
+        assert alice.take(3) == b"\xff\xfc\x06"
+        alice.send_raw(f"{text}\r\n".encode())
+        alice.expect(f"alice: {text}")
+
+
+def test_what_telnet_sends_as_urgent_takes_no_letter(alice: Peer) -> None:
+    """Telnet's Synch, whose last byte comes out of band, leaves every line as it was."""
+    alice.send_raw(b"before\r\n\xff\xf4\xff")
+    alice.sock.send(SYNCH[1:], socket.MSG_OOB)
+    alice.send_raw(b"\xff\xfd\x06")
+    alice.expect("alice: before")
+    assert alice.take(3) == b"\xff\xfc\x06"
+    alice.send_raw(b"hello\r\n")
+    alice.expect("alice: hello")
+
+
+def test_telnet_may_negotiate_before_there_is_a_name(room: ChatServer) -> None:
+    """What telnet asks at the start costs no try at the name, and each question one answer."""
+    peer = Peer(room.port)
+    peer.expect("NICK")
+    peer.send_raw(BEGIN + b"\xff\xfa\x18\x00xterm\xff\xf0")
+    refusals = "fffc03 fffe18 fffe1f fffe20 fffe21 fffe22 fffe27 fffc05"
+    assert peer.take(24) == bytes.fromhex(refusals)
+    for _ in range(2):
+        peer.send_raw(b"server\r\n")
+        peer.expect('-> the name "server" is reserved; choose another', "NICK")
+    peer.send_raw(b"ali" + CTRL_C + b"ce\r\n")
+    assert peer.take(3) == b"\xff\xfc\x06"
+    peer.expect_eventually("* alice joined the chat")
+
+
+def test_telnet_that_asks_without_end_is_answered_for_a_while(alice: Peer) -> None:
+    """Two ends that answer each other do not do so for ever."""
+    alice.send_raw(b"\xff\xfd\x01" * 1000 + b"hello\n")
+    assert alice.take(3 * 32 + 13) == b"\xff\xfc\x01" * 32 + b"alice: hello\n"
+
+
+@pytest.mark.parametrize("line", [b"caf\xff\xe9", b"\xff\xff", b"\xffhello"])
+def test_what_is_nothing_of_telnets_has_its_line_refused(alice: Peer, line: bytes) -> None:
+    """A byte that telnet begins its commands with, before anything else, is not printable."""
+    alice.send_raw(line + b"\n")
+    alice.expect(REFUSED)
+    alice.expect_nothing()
+
+
+def test_the_real_telnet_goes_on_after_an_interrupt(room: ChatServer) -> None:
+    """A person with telnet gives a name, says something, interrupts, and says more."""
+    program = shutil.which("telnet")
+    if program is None:
+        pytest.skip("telnet is not installed")
+    bob = Peer(room.port).join("bob")
+    with Terminal([program, "127.0.0.1", str(room.port)]) as telnet:
+        telnet.wait_for("NICK")
+        telnet.type("alice\r")
+        bob.expect("* alice joined the chat")
+        for text in "hello", "again":
+            telnet.type(f"{text}\r")
+            bob.expect(f"alice: {text}")
+            telnet.wait_for(f"alice: {text}")
+            telnet.type("\x03")
+        telnet.type("/quit\r")
+        bob.expect("* alice left the chat")
+
+
 # --- Who says what -----------------------------------------------------------
 
 
@@ -295,6 +373,98 @@ def test_nobody_can_produce_the_line_of_another(alice: Peer, text: str) -> None:
         f"alice: /{text}",
     )
     alice.expect_nothing()
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("std", "std::move is a cast", "std: std::move is a cast"),
+        ("std", "std: std::move is a cast", "std: std::move is a cast"),
+        ("std", "STD: hello", "std: hello"),
+        ("std", "std:hello", "std: std:hello"),
+        ("std", "std hello", "std: std hello"),
+        ("std", "std: std: hello", "std: std: hello"),
+        ("C", "C:/temp is full", "C: C:/temp is full"),
+        ("C", "c:/temp is full", "C: c:/temp is full"),
+        ("C", "C: C:/temp is full", "C: C:/temp is full"),
+        ("C", "C: //temp is full", "C: /temp is full"),
+        ("C", "C: /temp is full", "-> there is no /temp; /help lists the commands"),
+    ],
+)
+@pytest.mark.parametrize("fmt", ["ascii", "utf-8"])
+def test_only_the_own_name_is_taken_off(name: str, line: str, said: str, fmt: str) -> None:
+    """The name with colon and blank before a line is the classic's; all else is text."""
+    with run_chat(fmt=fmt) as server:
+        peer = Peer(server.port).join(name)
+        peer.send(line, "/quit")
+        assert peer.rest() == [said, "-> bye"]
+
+
+SLIP = "-> not sent: begin the line with the slash, or with // to say it"
+
+
+@pytest.mark.parametrize("start", [" ", "   ", "\t", "alice:  ", "alice: \t"])
+@pytest.mark.parametrize(
+    "command", ["/op secret", "/msg bob secret", "/r secret", "/MSG bob secret", "/me", "/quit"]
+)
+def test_a_command_behind_blanks_is_held_back(room: ChatServer, start: str, command: str) -> None:
+    """What was meant for one alone is neither said nor kept, and its author hears the remedy."""
+    alice, bob = pair(room.port)
+    alice.send(f"{start}{command}")
+    alice.expect(SLIP)
+    alice.expect_nothing()
+    bob.expect_nothing()
+    assert not [line for _, line in room.history.last(10) if "alice:" in line]
+
+
+@pytest.mark.parametrize("line", [" /bin/sh: not found", " //op secret", " / or", "see /op"])
+def test_another_slash_behind_blanks_is_text(alice: Peer, line: str) -> None:
+    """A path, two slashes and a slash amid the line are said as they are."""
+    alice.send(line)
+    alice.expect(f"alice: {line}")
+
+
+def test_blanks_of_every_kind_hide_no_command() -> None:
+    """Under UTF-8 a blank that is wider, or no letter at all, does not make a command a text."""
+    with run_chat(fmt="utf-8") as server:
+        alice, bob = pair(server.port)
+        for blank in "\u00a0\u3000\u2003":
+            alice.send(f"{blank}/msg bob secret")
+            alice.expect(SLIP)
+        bob.expect_nothing()
+
+
+EMPTY = "-> not sent: the line would look empty; write something that can be seen"
+
+
+@pytest.mark.parametrize(
+    "blank", ["\u2800", "\u3164", "\u115f", "\uffa0", "\u00a0", "\u3000", "\ufe0f", "\u0301"]
+)
+def test_no_line_looks_empty(blank: str) -> None:
+    """Fillers, odd blanks and lone marks are refused, said, done or whispered."""
+    with run_chat(fmt="utf-8") as server:
+        alice, bob = pair(server.port)
+        alice.send(blank, f"alice: {blank * 3}", f"{blank} {blank}")
+        alice.expect(EMPTY, EMPTY, EMPTY)
+        alice.send(f"/me {blank}", f"/msg bob {blank}")
+        alice.expect_match("-> (usage: /me|not sent: ).*")
+        alice.expect_match("-> (usage: /msg|not sent: ).*")
+        alice.expect_nothing()
+        bob.expect_nothing()
+        alice.send(f"a{blank}b" if blank not in "\ufe0f\u0301" else f"a{blank}")
+        assert bob.next_line().startswith("alice: a")
+
+
+@pytest.mark.parametrize("start", ["", "/me ", "/msg bob "])
+def test_marks_do_not_pile_up_over_other_lines(start: str) -> None:
+    """Hundreds of marks on one letter are refused, however it is said; a few are said."""
+    with run_chat(fmt="utf-8") as server:
+        alice, bob = pair(server.port)
+        alice.send(f"{start}e{chr(0x301) * 480}")
+        alice.expect("-> not sent: a character has at most 6 marks; send it with fewer")
+        bob.expect_nothing()
+        alice.send(f"{start}e{chr(0x301) * 4}")
+        assert bob.next_line().endswith(f"e{chr(0x301) * 4}")
 
 
 def test_other_formats_carry_other_letters() -> None:
