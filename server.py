@@ -4388,7 +4388,9 @@ class Keeper:
         self.learn(int(last), int(position))
         self._history.kept_to(int(position))
         [(number,)] = self._ask("SELECT number FROM chat.room")
-        if is_alone == "0" or int(number) < room.number or not self._is_due(room, float(age)):
+        if int(number) < room.number:
+            raise Away("a primary that nobody follows any more")
+        if is_alone == "0" or not self._is_due(room, float(age)):
             self._ask("ROLLBACK")
             return
         lines = self._history.between(int(position), room.end)

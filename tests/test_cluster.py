@@ -11,8 +11,10 @@ import postgres
 import pytest
 from chat import Peer, Server, run_server, wait_until
 from postgres import Postgres
+from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
 
 KEY = "0123456789abcdef"
+SHORT = {"ALIVE": 2.0, "EMPTY_ROUND": 0.5}  # so that a test need not wait for ten seconds
 
 pytestmark = [postgres.needed, pytest.mark.timeout(120)]
 
@@ -46,9 +48,9 @@ def servers(address: str, count: int, *options: str, **constants: float) -> Iter
 
 
 @contextlib.contextmanager
-def one_more(address: str, end: int = signal.SIGTERM) -> Iterator[Server]:
+def one_more(address: str, end: int = signal.SIGTERM, /, **constants: float) -> Iterator[Server]:
     """Run a server that ends before the others, and before its peers do, by a signal."""
-    server = Server("--history", address, "--rate-limit", "0")
+    server = Server("--history", address, "--rate-limit", "0", **constants)
     try:
         server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
         yield server
@@ -166,10 +168,10 @@ def test_a_place_is_taken_back_on_another_server(database: str) -> None:
 
 
 def test_who_was_at_a_killed_server_leaves_after_their_time(database: str) -> None:
-    """Ten seconds after a server's end who has no key has left; who has one may come back."""
-    with servers(database, 1) as (one,):
+    """Some time after a server's end who has no key has left; who has one may come back."""
+    with servers(database, 1, **SHORT) as (one,):
         alice = Peer(one.port).join("alice")
-        with one_more(database, signal.SIGKILL) as two:
+        with one_more(database, signal.SIGKILL, **SHORT) as two:
             Peer(two.port).join("bob")
             Peer(two.port).introduce(f"carol -0 {KEY}")
             alice.expect("* bob joined the chat", "* carol joined the chat")
@@ -195,24 +197,26 @@ def test_a_server_that_ends_in_good_order_is_gone_at_once(database: str) -> None
 
 def test_a_suspended_server_begins_anew(database: str) -> None:
     """A server that was silent for too long ends its connections; what it had counts no more."""
-    with servers(database, 2) as (one, two):
-        alice = Peer(one.port).join("alice")
+    with servers(database, 2, **SHORT) as (one, two):
+        alice, dave = Peer(one.port).join("alice"), Peer(two.port).join("dave")
         bob = Peer(two.port).introduce(f"bob -0+0 {KEY}")
         bob.expect_match("-> Welcome, bob!.*")
-        alice.expect("* bob joined the chat")
+        alice.expect("* dave joined the chat", "* bob joined the chat")
         two.ask_to_end(signal.SIGSTOP)
         bob.send("said to a server that is over")
         try:
+            alice.expect("* dave left the chat")
             again = wait_for_place(one.port, f"bob -0+0 {KEY}")
+            again.expect_match("-> at .*")
             again.send("here")
             alice.expect("bob: here")
         finally:
             two.ask_to_end(signal.SIGCONT)
         two.expect_log("silent for too long")
-        bob.rest()
+        assert "bob: here" not in bob.rest()
+        dave.rest()
         alice.send("over")
-        again.expect_eventually("bob: here")
-        again.expect("alice: over")
+        again.expect("bob: here", "alice: over")
         alice.expect("alice: over")
         Peer(two.port).join("carol").send("well")
         alice.expect("* carol joined the chat", "carol: well")
@@ -310,3 +314,169 @@ def test_a_terminated_connection_is_made_anew(cluster: Postgres, database: str) 
                 f" WHERE datname = '{name}' AND pid <> pg_backend_pid()"
             )
             bob.expect(f"alice: line {number}")
+
+
+# --- Failover ----------------------------------------------------------------
+
+
+@pytest.fixture
+def primary() -> Iterator[tuple[Postgres, Postgres]]:
+    """A primary and its synchronous standby."""
+    with postgres.folder() as folder, contextlib.ExitStack() as stack:
+        first = stack.enter_context(Postgres(postgres.owned(folder / "first")).create())
+        second = first.standby(postgres.owned(folder / "second"))
+        yield first, stack.enter_context(second)
+
+
+def both(first: Postgres, second: Postgres) -> str:
+    """Return the address of whichever of two is the primary."""
+    return f"postgresql://chat@127.0.0.1:{first.port},127.0.0.1:{second.port}/postgres"
+
+
+def said(lines: list[str]) -> list[str]:
+    """Return what was said of what a peer got, without the server's own words."""
+    return [line for line in lines if not line.startswith("-> ")]
+
+
+@pytest.mark.parametrize("old_comes_back", [False, True])
+def test_a_standby_goes_on_with_all_that_was_seen(
+    primary: tuple[Postgres, Postgres], old_comes_back: bool
+) -> None:
+    """The primary is killed amid talk and its standby promoted: each line is there, once."""
+    first, second = primary
+    with servers(both(first, second), 2, UNANSWERED=1.0) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        lines = [f"alice: {number}" for number in range(400)]
+        for number in range(0, 400, 4):
+            alice.send(*(line.removeprefix("alice: ") for line in lines[number : number + 4]))
+            if number == 200:
+                heard = bob.lines_until("alice: 150")
+                first.kill()
+                if old_comes_back:
+                    first.start()
+                second.promote()
+        heard += bob.lines_until(lines[-1])
+        assert said(heard) == lines
+        assert said(alice.lines_until(lines[-1])) == lines
+        late = Peer(two.port).introduce("late -1000")
+        late.expect_match("-> Welcome, late!.*")
+        assert said(late.lines_until("* late joined the chat"))[2:-1] == lines
+
+
+def test_nothing_is_shown_that_is_not_on_both(primary: tuple[Postgres, Postgres]) -> None:
+    """While the standby is away nobody sees what is said; it comes when the standby does."""
+    first, second = primary
+    with servers(both(first, second), 2, UNANSWERED=1.0) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        second.stop()
+        alice.send("not yet")
+        for peer in alice, bob:
+            peer.expect("-> the room is waiting; what you say is kept")
+        bob.send("/names")
+        bob.expect("-> 2 here: alice, bob")
+        second.start()
+        for peer in alice, bob:
+            assert said(peer.lines_until("-> the room goes on")) == ["alice: not yet"]
+
+
+# --- A network that swallows -------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [CLOSE, STALL])
+def test_an_answer_that_is_swallowed_says_nothing_twice(
+    cluster: Postgres, database: str, how: How
+) -> None:
+    """Wherever the answers of a conversation with the database end, each line is said once."""
+    offsets = range(0, 1400, 35) if how is CLOSE else range(450, 1400, 190)
+    name = database.rpartition("/")[2]
+    quick = {"UNANSWERED": 0.3, "CONNECT": 0.3, "AGAIN": 0.01, "KEEP_LOOK": 1000.0}
+    with servers(database, 1) as (two,), Proxy(cluster.port) as proxy:
+        through = f"postgresql://chat@127.0.0.1:{proxy.port}/{name}"
+        with one_more(through, **quick) as one:
+            alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+            alice.expect("* bob joined the chat")
+            for offset in offsets:
+                proxy.plan(Fault(DOWN, offset, how))
+                proxy.end(CLOSE)
+                line = f"alice: line {offset}"
+                alice.send(line)
+                for peer in alice, bob:
+                    assert said(peer.lines_until(line)) == [line]
+            bob.expect_nothing()
+            alice.close()
+
+
+# --- What cannot be ----------------------------------------------------------
+
+
+def refused(address: str, *options: str) -> str:
+    """Return what a server says that cannot start."""
+    server = Server("--history", address, *options)
+    try:
+        assert server.wait() == 1
+        assert "Traceback" not in server.log()
+        return server.log().strip()
+    finally:
+        server.end()
+
+
+def test_what_cannot_be_the_history_is_refused_in_one_line(
+    cluster: Postgres, database: str
+) -> None:
+    """No server, no database, no right, another program's tables, another version or format."""
+    name = database.rpartition("/")[2]
+    where = f"postgresql://127.0.0.1/{name}"
+    with servers(database, 1):
+        pass
+    assert refused(database, "--format", "utf-8") == (
+        f"server.py: {where} is in ascii; start with --format ascii"
+    )
+    cluster.sql("UPDATE chat.room SET rules = 99", name)
+    assert refused(database) == (f"server.py: {where} is used by another version; use that one")
+    cluster.sql("COMMENT ON SCHEMA chat IS 'mine'", name)
+    assert refused(database) == (
+        f"server.py: {where} has a chat of another program; choose another"
+    )
+    remedy = "see that PostgreSQL runs there and lets this program in"
+    nowhere = cluster.address("nowhere")
+    assert refused(nowhere) == (
+        "server.py: cannot use postgresql://127.0.0.1/nowhere:"
+        f' database "nowhere" does not exist; {remedy}'
+    )
+    closed = f"postgresql://chat@127.0.0.1:{postgres.free_port()}/chat"
+    assert refused(closed).startswith("server.py: cannot use postgresql://127.0.0.1/chat: ")
+    secret = refused("postgresql://chat:hunter2@127.0.0.1/chat")
+    assert secret.startswith("server.py: leave the password out of --history")
+    assert "hunter2" not in secret
+
+
+def test_another_version_ends_a_running_server(cluster: Postgres, database: str) -> None:
+    """A server whose rules are not the log's any more ends with one clear line."""
+    server = Server("--history", database)
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        alice = Peer(server.port).join("alice")
+        cluster.sql("UPDATE chat.room SET rules = 99", database.rpartition("/")[2])
+        server.expect_log("is used by another version; use that one")
+        alice.rest()
+        assert server.wait() == 0
+        assert "Traceback" not in server.log()
+    finally:
+        server.end()
+
+
+def test_a_database_of_before_ends_a_running_server(cluster: Postgres, database: str) -> None:
+    """Where the log is not what was read there before, nothing goes on from it."""
+    name = database.rpartition("/")[2]
+    server = Server("--history", database)
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        alice = Peer(server.port).join("alice")
+        cluster.sql("UPDATE chat.room SET number = 0; DELETE FROM chat.rounds", name)
+        server.expect_log("the database is not the one that it was")
+        alice.rest()
+        server.wait()
+    finally:
+        server.end()
