@@ -46,7 +46,6 @@ A client's life, as its thread sees it and as the broadcaster does:
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import contextlib
 import enum
@@ -54,10 +53,8 @@ import errno
 import functools
 import gc
 import hashlib
-import importlib
 import ipaddress
 import itertools
-import json
 import logging
 import logging.handlers
 import math
@@ -65,7 +62,6 @@ import os
 import pathlib
 import queue
 import re
-import secrets
 import selectors
 import signal
 import socket
@@ -1291,10 +1287,10 @@ class Room:
         return [stay.name for stay in self.stays.values()]
 
     def count(self, server: int) -> int:
-        """Return how many are here who joined at one of several servers."""
+        """Return how many are here at one of several servers, or of whom it was the last."""
         if not self.servers:
             return len(self.stays)
-        return sum(number >> SERVER_BITS == server for number in self.stays)
+        return sum((s.session or s.number) >> SERVER_BITS == server for s in self.stays.values())
 
     def by_session(self, session: int) -> Stay | None:
         """Return the stay of a connection, if it counts."""
@@ -3333,6 +3329,7 @@ def _prepare(database: sqlite3.Connection, fmt: str) -> None:
 # Servers with one history are one room: what is handed in to any of them stands in one
 # log, in rounds, and each applies what it has read back from there, in that order.  A
 # simulation of this (tests/test_simulation.py) fails with any of its rules left out.
+# Whoever runs one server alone does not come here, and imports nothing for it.
 
 
 class Over(Exception):
@@ -3379,6 +3376,18 @@ def undated(entry: Any) -> Any:
     return entry._replace(time=0.0) if hasattr(entry, "time") else entry
 
 
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _parsed(text: str) -> Any:
+    import json
+
+    return json.loads(text)
+
+
 def encode_entries(entries: Iterable[Any], fmt: str) -> str:
     """Return entries as a row has them."""
     rows: list[list[Any]] = []
@@ -3387,13 +3396,13 @@ def encode_entries(entries: Iterable[Any], fmt: str) -> str:
         if type(entry) is Said:  # as nearly all are
             fields[2] = b"\n".join(entry.lines).decode(fmt)
         rows.append(fields)
-    return json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
+    return _json(rows)
 
 
 def decode_entries(text: str, fmt: str) -> list[Any]:
     """Return the entries of a row."""
     entries: list[Any] = []
-    for tag, *fields in json.loads(text):
+    for tag, *fields in _parsed(text):
         kind = _SHARED_KINDS[tag]
         if kind is Said:
             fields[1] = fields[1].encode(fmt).split(b"\n")
@@ -3522,13 +3531,14 @@ class Database:
 
     def __init__(self, address: str) -> None:
         try:
-            self._pq: Any = importlib.import_module("psycopg.pq")
-            conninfo: Any = importlib.import_module("psycopg.conninfo")
-            self._error: type[Exception] = importlib.import_module("psycopg").Error
+            import psycopg.conninfo  # type: ignore[import-not-found, unused-ignore]
         except ImportError:
             raise HistoryError(
                 "a history in PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
             ) from None
+        self._pq: Any = psycopg.pq
+        self._error: type[Exception] = psycopg.Error
+        conninfo: Any = psycopg.conninfo
         try:
             options = conninfo.conninfo_to_dict(address)
         except self._error as error:
@@ -3795,9 +3805,10 @@ def _make_tables(database: Database, fmt: str) -> None:
         database.execute(statement)
     database.execute("INSERT INTO chat.room VALUES (0, 0, $1, $2)", RULES, fmt)
     now = time.time()
-    state = json.dumps(Room(int(now * 1000), fmt=fmt, durable=True).state())
-    end = json.loads(state)["end"]
-    database.execute("INSERT INTO chat.points VALUES (0, $1, $2, $3)", now, end, state)
+    state = Room(int(now * 1000), fmt=fmt, durable=True).state()
+    database.execute(
+        "INSERT INTO chat.points VALUES (0, $1, $2, $3)", now, state["end"], _json(state)
+    )
 
 
 class Beginning(NamedTuple):
@@ -4284,11 +4295,13 @@ class SharedLog(EntryLog):
         log.critical("%s", why)
         self.close()
         self._drop_all(self._follower)
-        _thread.interrupt_main(signal.SIGTERM)
+        import _thread
+
+        _thread.interrupt_main(signal.SIGTERM)  # nothing, where nobody handles it
 
 
 def _fresh_name() -> int:
-    return secrets.randbits(46) + 1
+    return int.from_bytes(os.urandom(6), "big") >> 2 or 1
 
 
 def _rows(found: list[tuple[str, ...]]) -> list[Row]:
@@ -4312,7 +4325,7 @@ def _read_beginning(database: Database, count: int, fmt: str) -> Beginning:
     )[::-1]
     [(oldest,)] = database.execute("SELECT min(position) FROM chat.lines")
     database.execute("COMMIT")
-    state = json.loads(text)
+    state = _parsed(text)
     last = [line for _, line in map(_recalled, lines)]
     return Beginning(
         int(number),
@@ -4398,13 +4411,13 @@ class Keeper:
             self._ask(
                 "INSERT INTO chat.lines SELECT (r->>0)::bigint, (r->>1)::float8, r->>2, r->>3,"
                 " r->>4 FROM json_array_elements($1::json) r ON CONFLICT DO NOTHING",
-                json.dumps(lines[first : first + POINT_PAGE], ensure_ascii=False),
+                _json(lines[first : first + POINT_PAGE]),
             )
         self._ask(
             "INSERT INTO chat.points VALUES ($1, extract(epoch FROM clock_timestamp()), $2, $3)",
             room.number,
             room.end,
-            json.dumps(room.state(), ensure_ascii=False),
+            _json(room.state()),
         )
         self._ask("DELETE FROM chat.points WHERE number < $1", last)
         before = "extract(epoch FROM clock_timestamp()) -"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,11 @@ from pathlib import Path
 import postgres
 import pytest
 from chat import Peer, Server, run_server, wait_until
+from clients import chatting, flush
 from postgres import Postgres
 from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
+
+import client
 
 KEY = "0123456789abcdef"
 SHORT = {"ALIVE": 2.0, "EMPTY_ROUND": 0.5}  # so that a test need not wait for ten seconds
@@ -26,10 +31,13 @@ def cluster() -> Iterator[Postgres]:
         yield one
 
 
+NUMBERS = itertools.count()
+
+
 @pytest.fixture
-def database(cluster: Postgres, request: pytest.FixtureRequest) -> Iterator[str]:
+def database(cluster: Postgres) -> Iterator[str]:
     """The address of an empty database."""
-    name = f"test{abs(hash(request.node.name)) % 10**9}"
+    name = f"test{next(NUMBERS)}"
     cluster.sql(f"CREATE DATABASE {name}")
     yield cluster.address(name)
     cluster.sql(f"DROP DATABASE {name} WITH (FORCE)")
@@ -480,3 +488,160 @@ def test_a_database_of_before_ends_a_running_server(cluster: Postgres, database:
         server.wait()
     finally:
         server.end()
+
+
+def test_a_read_only_database_keeps_the_room_waiting(cluster: Postgres, database: str) -> None:
+    """A database that takes nothing is as good as away: one line in the log, nothing is lost."""
+    name = database.rpartition("/")[2]
+    with servers(database, 1) as (one,):
+        alice = Peer(one.port).join("alice")
+        cluster.sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        cluster.sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            f" WHERE datname = '{name}' AND pid <> pg_backend_pid()"
+        )
+        alice.send("kept")
+        alice.expect("-> the room is waiting; what you say is kept")
+        assert one.log().count("is away") == 1
+        cluster.sql(
+            f"SET default_transaction_read_only = off;"
+            f" ALTER DATABASE {name} RESET default_transaction_read_only"
+        )
+        assert said(alice.lines_until("-> the room goes on")) == ["alice: kept"]
+        one.expect_log("the database answers again")
+
+
+def test_a_server_ends_in_time_without_its_database(cluster: Postgres, database: str) -> None:
+    """SIGTERM ends a server within five seconds though the database does not answer."""
+    server = Server("--history", database)
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        alice = Peer(server.port).join("alice")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            alice.send("never said")
+            alice.expect("-> the room is waiting; what you say is kept")
+            assert server.stop() == 0
+        finally:
+            cluster.signal(signal.SIGCONT)
+        assert "alice: never said" not in alice.rest()
+        assert "Traceback" not in server.log()
+    finally:
+        server.end()
+
+
+# --- Clients that come back --------------------------------------------------
+
+
+class Talkers:
+    """Clients who talk through proxies, so that they can be led to any server."""
+
+    def __init__(self, stack: contextlib.ExitStack, ports: list[int], count: int) -> None:
+        self.proxies = [stack.enter_context(Proxy(ports[n % len(ports)])) for n in range(count)]
+        self.chats = [
+            stack.enter_context(chatting(proxy.port, f"talker{number}"))
+            for number, proxy in enumerate(self.proxies)
+        ]
+        self.said: list[list[str]] = [[] for _ in self.chats]
+
+    def talk(self, chance: random.Random) -> None:
+        """Have somebody say something."""
+        number = chance.randrange(len(self.chats))
+        self.said[number].append(f"talker{number}: {len(self.said[number])}")
+        self.chats[number][0].send(str(len(self.said[number]) - 1))
+
+    def lead(self, former: int, port: int) -> None:
+        """Have all who are at one server come to another."""
+        for proxy in self.proxies:
+            if proxy.server == former:
+                proxy.server = port
+                proxy.end(CLOSE)
+
+    def check(self) -> None:
+        """See that all that was said was heard by all, once and in one order."""
+        for chat, _ in self.chats:
+            flush(chat)
+        for _, shown in self.chats:
+            for own in self.said:
+                shown.wait_for(own[-1])
+        heard = [[line for line in shown.room if line[0] != "*"] for _, shown in self.chats]
+        for number, own in enumerate(self.said):
+            assert [line for line in heard[0] if line.startswith(f"talker{number}: ")] == own
+        shortest = min(heard, key=len)
+        assert all(one[-len(shortest) :] == shortest for one in heard)
+        assert all(chat.failed == 0 for chat, _ in self.chats)
+
+
+@pytest.fixture
+def chance(monkeypatch: pytest.MonkeyPatch) -> random.Random:
+    """Clients that try again soon, and a source of chance whose seed a failing test prints."""
+    monkeypatch.setattr(client, "RETRY_FIRST", 0.02)
+    monkeypatch.setattr(client, "RETRY_MAX", 0.1)
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+def test_talk_goes_on_while_servers_are_killed(database: str, chance: random.Random) -> None:
+    """Twelve who talk at three servers lose nothing and say nothing twice, whichever is killed."""
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(one_more(database, **SHORT)) for _ in range(3)]
+        talkers = Talkers(stack, [server.port for server in running], 12)
+        for _ in range(8):
+            for _ in range(60):
+                talkers.talk(chance)
+            victim = running.pop(chance.randrange(3))
+            victim.stop(signal.SIGKILL)
+            talkers.lead(victim.port, chance.choice(running).port)
+            running.append(stack.enter_context(one_more(database, **SHORT)))
+        talkers.check()
+
+
+def test_talk_goes_on_while_servers_are_suspended(database: str, chance: random.Random) -> None:
+    """The same holds for servers that are suspended past their time, and then go on."""
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(one_more(database, **SHORT)) for _ in range(3)]
+        talkers = Talkers(stack, [server.port for server in running], 12)
+        witness = Peer(running[0].port).join("witness")
+        for number in range(3):
+            victim = running[1 + number % 2]
+            ghost = Peer(victim.port).join("ghost")
+            for _ in range(60):
+                talkers.talk(chance)
+            victim.ask_to_end(signal.SIGSTOP)
+            talkers.lead(victim.port, running[0].port)
+            for _ in range(60):
+                talkers.talk(chance)
+            witness.expect_eventually("* ghost left the chat")
+            victim.ask_to_end(signal.SIGCONT)
+            ghost.rest()
+            victim.expect_log("silent for too long")
+            talkers.lead(running[0].port, victim.port)
+        talkers.check()
+
+
+def test_talk_goes_on_while_a_server_is_cut_off(
+    cluster: Postgres, database: str, chance: random.Random
+) -> None:
+    """A server that cannot reach the database is left by its clients, and comes back."""
+    name = database.rpartition("/")[2]
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(Proxy(cluster.port))
+        cut = f"postgresql://chat@127.0.0.1:{link.port}/{name}"
+        two = stack.enter_context(one_more(database, **SHORT))
+        one = stack.enter_context(one_more(cut, **SHORT))
+        talkers = Talkers(stack, [one.port, two.port], 12)
+        ghost, witness = Peer(one.port).join("ghost"), Peer(two.port).join("witness")
+        for _ in range(100):
+            talkers.talk(chance)
+        link.go_away()
+        for _ in range(100):
+            talkers.talk(chance)
+        witness.expect_eventually("* ghost left the chat")
+        talkers.lead(one.port, two.port)
+        for _ in range(100):
+            talkers.talk(chance)
+        link.come_back()
+        ghost.rest()
+        talkers.lead(two.port, one.port)
+        talkers.check()
