@@ -33,6 +33,7 @@ Who touches what:
     the broadcaster     Room: names, keys, bans, who is here            -
                         Output: a client's cursor and bytes under way   -
     the pager           what only the file has, for who is far behind   -
+    log, keeper         on several machines: their parts of the log     -
 
 No thread ever holds two locks, and none waits for a socket or a disk under one.  Other
 threads read the room as the broadcaster has published it (`Broadcaster.room`); a
@@ -137,7 +138,6 @@ UNANSWERED = 5.0  # seconds until a database that does not answer is given up, f
 CONNECT = 5.0  # seconds to connect to one
 AGAIN = 0.25  # seconds until the next is tried
 EMPTY_ROUND = 2.0  # seconds after which a round is due, with nothing in it if need be
-PACE = 0.005  # seconds between the starts of two rounds of a server in a busy room, at least
 CONFIRM = 1.0  # seconds between two looks at which private lines have come
 POINT_ROUNDS = 5000  # rounds after which a point is due
 POINT_LINES = 20_000  # lines after which it is: less than may be in memory alone
@@ -4181,13 +4181,10 @@ class SharedLog(EntryLog):
 
     def _begin_round(self) -> bool:
         """Make a round of what was handed in, or an empty one if it is time; tell whether."""
-        since = time.monotonic() - self._begun_at
+        is_due = time.monotonic() - self._begun_at >= EMPTY_ROUND
         with self._lock:
-            if not self._handed and since < EMPTY_ROUND:
+            if not (self._handed or is_due):
                 return False
-        if since < PACE:  # as a round in one process, it waits for company in a busy room
-            time.sleep(PACE - since)
-        with self._lock:
             handed, self._handed = self._handed, []
             self._lines_taken += self._lines
             self._lines = 0

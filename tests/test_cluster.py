@@ -21,7 +21,11 @@ import client
 KEY = "0123456789abcdef"
 SHORT = {"ALIVE": 2.0, "EMPTY_ROUND": 0.5}  # so that a test need not wait for ten seconds
 
-pytestmark = [postgres.needed, pytest.mark.timeout(120)]
+WHY_NOT = postgres.reason_to_skip()
+pytestmark = [
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "all is there"),
+    pytest.mark.timeout(120),
+]
 
 
 @pytest.fixture(scope="module")
