@@ -2134,7 +2134,7 @@ class Broadcaster:
                 self._end_stuck()
             if self._look_at <= time.monotonic():
                 self._end_dead()
-            self._log_said(start)
+            self._log_said(start or self.history.end)  # 0: a shared history had not begun
         finally:
             self._following = [o for o in self._following if not o.released]
             outcomes, self._outcomes = self._outcomes, []
@@ -3814,6 +3814,7 @@ def _make_tables(database: Database, fmt: str) -> None:
 class Beginning(NamedTuple):
     """What a server goes on from: a point, what stands behind it, and the last lines."""
 
+    server: int  # under which name
     number: int
     state: dict[str, Any]
     rows: list[Row]
@@ -4062,7 +4063,7 @@ class SharedLog(EntryLog):
                 handed, beginning = self._arrived.popleft()
                 if beginning is not None:
                     self._history.begin(beginning)
-                    self._entered = self._follower.server
+                    self._entered = beginning.server
                 batch += handed
         number = 0
         for one in batch:
@@ -4077,9 +4078,11 @@ class SharedLog(EntryLog):
         """Count what was taken as done, and let those go on who wait for space."""
         served, self._served = self._served, []
         self._forget(served)
-        if self._entered == self._follower.server not in self._broadcaster.room.servers:
-            self._is_over.set()
-            self._waker.wake()
+        if self._entered and self._entered not in self._broadcaster.room.servers:
+            if self._entered == self._follower.server:
+                self._is_over.set()
+                self._waker.wake()
+            self._entered = 0
         if time.monotonic() > self._confirm_at:
             self._confirm_private()
 
@@ -4206,7 +4209,8 @@ class SharedLog(EntryLog):
 
     def _start(self) -> None:
         """Go on from the newest point."""
-        beginning = _read_beginning(self._database, self._history.retained, self._history.fmt)
+        server, history = self._follower.server, self._history
+        beginning = _read_beginning(self._database, server, history.retained, history.fmt)
         follow = self._follower.start(beginning.number, beginning.rows)
         self._keeper.learn(beginning.number, beginning.state["end"])
         self._deliver(Arrival([Handed(Restored(beginning.state)), *follow], beginning))
@@ -4308,7 +4312,7 @@ def _rows(found: list[tuple[str, ...]]) -> list[Row]:
     ]
 
 
-def _read_beginning(database: Database, count: int, fmt: str) -> Beginning:
+def _read_beginning(database: Database, server: int, count: int, fmt: str) -> Beginning:
     """Read the newest point, what stands behind it and the last lines, all of one moment."""
     database.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
     [(number, text)] = database.execute(
@@ -4325,6 +4329,7 @@ def _read_beginning(database: Database, count: int, fmt: str) -> Beginning:
     state = _parsed(text)
     last = [line for _, line in map(_recalled, lines)]
     return Beginning(
+        server,
         int(number),
         state,
         _rows(rows),

@@ -79,6 +79,11 @@ def wait_for_place(port: int, answer: str) -> Peer:
     return peer
 
 
+def expect_after_wait(peer: Peer, line: str) -> None:
+    """Expect that a room that waited goes on, and a line that was kept meanwhile."""
+    assert {peer.next_line(), peer.next_line()} == {"-> the room goes on", line}
+
+
 def test_two_servers_are_one_room(database: str) -> None:
     """What is said at one is heard at both, in one order, and people of both are here."""
     with servers(database, 2) as (one, two):
@@ -292,9 +297,8 @@ def test_the_database_is_away_for_a_while(cluster: Postgres, database: str) -> N
             Peer(two.port).introduce("carol").expect("-> the room is waiting; try again later")
         finally:
             cluster.signal(signal.SIGCONT)
-        alice.expect_eventually("alice: kept")
-        bob.expect_eventually("alice: kept")
-        wait_until(lambda: bob.has("-> the room goes on"), "bob to be told")
+        for peer in alice, bob:
+            expect_after_wait(peer, "alice: kept")
         Peer(two.port).join("carol")
 
 
@@ -390,7 +394,24 @@ def test_nothing_is_shown_that_is_not_on_both(primary: tuple[Postgres, Postgres]
         bob.expect("-> 2 here: alice, bob")
         second.start()
         for peer in alice, bob:
-            assert said(peer.lines_until("-> the room goes on")) == ["alice: not yet"]
+            expect_after_wait(peer, "alice: not yet")
+
+
+def test_a_wait_that_is_cancelled_is_no_answer(primary: tuple[Postgres, Postgres]) -> None:
+    """A commit whose wait for the standby somebody cancels is shown when the standby has it."""
+    first, second = primary
+    with servers(both(first, second), 1) as (one,):
+        alice = Peer(one.port).join("alice")
+        second.stop()
+        alice.send("not yet")
+        alice.expect("-> the room is waiting; what you say is kept")
+        first.sql(
+            "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        )
+        one.expect_log("a wait for a standby was cancelled")
+        assert b"not yet" not in alice.unread()
+        second.start()
+        expect_after_wait(alice, "alice: not yet")
 
 
 # --- A network that swallows -------------------------------------------------
@@ -511,7 +532,7 @@ def test_a_read_only_database_keeps_the_room_waiting(cluster: Postgres, database
             f"SET default_transaction_read_only = off;"
             f" ALTER DATABASE {name} RESET default_transaction_read_only"
         )
-        assert said(alice.lines_until("-> the room goes on")) == ["alice: kept"]
+        expect_after_wait(alice, "alice: kept")
         one.expect_log("the database answers again")
 
 
