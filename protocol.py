@@ -721,7 +721,7 @@ def may_answer(line: str, verb: str) -> bool:
 
     Other commands have answers of many lines, which must not be taken for these.
     """
-    if is_refusal(line):
+    if is_refusal(line) or (verb and line == unknown_command(verb)):  # of an older server
         return True
     if verb == "nick":
         return name_in(line) is not None or line.startswith(answer("usage: /nick"))

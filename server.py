@@ -115,7 +115,7 @@ REST = 0.25  # of a round's length is rested after it, ROUND at most, so that ot
 MAX_QUEUED = 20_000  # lines waiting for a round; above, clients are not read from
 OUTBOX_LINES = 1000  # lines for one client alone that may wait
 OUTBOX_BYTES = 256 * 1024
-LONGEST_WAIT = 3600.0  # seconds; a selector takes no months, and a clock may be set back by years
+LONGEST_WAIT = 3600.0  # seconds; a selector takes no months, and a ban may end in years
 PARTING = 10.0  # seconds without progress until what is left for somebody who leaves is given up
 LOOK = 10.0  # seconds between two looks for peers that are dead
 STOP_WAIT = 1.0  # seconds at shutdown for a file that another program keeps locked
@@ -769,7 +769,8 @@ class Client:
             if key not in server.broadcaster.room.keys:
                 while delay := server.allowances.join(self.address):
                     self.gate.pause(delay)
-            claim = Claim(self.session, asked._replace(key=key), self.address, time.time())
+            now = self.server.broadcaster.log.now()
+            claim = Claim(self.session, asked._replace(key=key), self.address, now)
             stay, is_back = self._ask(claim, output=self.output)
         self._allowance = server.allowances.begin(stay.number, self.address)
         self._stay = stay.number
@@ -918,7 +919,7 @@ class Client:
                 last = Answered(self.session, [self._line(farewell.line)])
                 broadcaster.log.hand_in(Handed(last))
             has_left = farewell.line == protocol.BYE
-            entry = (Left if has_left else Lost)(self.session, time.time())
+            entry = (Left if has_left else Lost)(self.session, broadcaster.log.now())
             broadcaster.log.hand_in(Handed(entry))
         self.gate.wait_released()
 
@@ -1763,6 +1764,7 @@ class EntryLog:
         self._applied = 0  # entries whose round has ended
         self._crowd: list[Gate] = []  # whose threads wait for space
         self._closed = False  # nothing is handed in any more
+        self._ahead = -math.inf  # of the monotonic clock, the time: as far as it ever was
         self._sessions = itertools.count(1)
         self._lock = threading.Lock()  # guards all of the above but the waker and the sessions
 
@@ -1774,6 +1776,16 @@ class EntryLog:
     def lines(self) -> int:
         """How many lines stand in entries whose round has not ended."""
         return self._lines + self._lines_taken
+
+    def now(self) -> float:
+        """Return the time for an entry, in seconds since the epoch: it never goes back.
+
+        A clock that is set back would have what is kept for seconds kept for hours.
+        """
+        with self._lock:
+            wall = time.time()  # first: a wait between the two must not put it ahead
+            self._ahead = max(self._ahead, wall - time.monotonic())
+            return time.monotonic() + self._ahead
 
     def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
         """Append an entry and return its number; raise `Gone` when nothing counts any more.
@@ -1829,7 +1841,7 @@ class EntryLog:
 
     def until(self, moment: float) -> float:
         """Return the seconds until the room's clock comes to a moment of its own accord."""
-        return moment - time.time()
+        return moment - self.now() if moment < math.inf else moment
 
     def start(self) -> None:
         """Be ready for entries."""
@@ -2154,7 +2166,7 @@ class Broadcaster:
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
         self._claims = {handed.output.session: handed.output for handed in batch if handed.output}
         if self.log.until(self.room.deadline) <= 0:
-            batch.append(Handed(Passed(time.time())))
+            batch.append(Handed(Passed(self.log.now())))
         if batch:
             room = self._applied(batch)
             self.room = room  # from here on others read it
@@ -2665,7 +2677,7 @@ def _ban(client: Client, argument: str) -> None:
         if re.match(r"-?\d", minutes):
             raise Usage
         minutes, reason = "", rest
-    now = time.time()
+    now = client.server.broadcaster.log.now()
     until = now + 60 * int(minutes) if minutes else 0.0
     name = protocol.check_name(name)
     client.broadcast(Banned(client.session, name, until, reason.strip(), now))
@@ -3566,16 +3578,17 @@ class Database:
         deadline = time.monotonic() + seconds
         host = self._hosts[self._tried % len(self._hosts)]
         self._tried += 1
-        self._link = link = self._pq.PGconn.connect_start(host)
-        polling = self._pq.PollingStatus
-        state = polling.WRITING
-        while state != polling.OK:
-            if state == polling.FAILED:
-                raise Away(self._failure())
-            self._wait(deadline, tick, writable=state == polling.WRITING)
-            state = link.connect_poll()
-        link.nonblocking = 1
-        link.notice_handler = self._note
+        with self._failing():
+            self._link = link = self._pq.PGconn.connect_start(host)
+            polling = self._pq.PollingStatus
+            state = polling.WRITING
+            while state != polling.OK:
+                if state == polling.FAILED:
+                    raise Away(self._failure())
+                self._wait(deadline, tick, writable=state == polling.WRITING)
+                state = link.connect_poll()
+            link.nonblocking = 1
+            link.notice_handler = self._note
         self.execute("SET synchronous_commit = on", seconds=seconds)
         self.execute("SET default_transaction_isolation = 'read committed'", seconds=seconds)
 
@@ -3605,7 +3618,7 @@ class Database:
         link = self._link
         if link is None:
             raise Away("there is no connection")
-        try:
+        with self._failing():
             link.send_query_params(statement.encode(), [str(value).encode() for value in values])
             while unsent := link.flush():
                 self._wait(deadline, tick, writable=bool(unsent))
@@ -3618,24 +3631,20 @@ class Database:
                 if (result := link.get_result()) is None:
                     break
                 results.append(result)
-        except self._error:
-            raise Away(self._failure()) from None
         return self._rows(results)
 
     def is_notified(self) -> bool:
         """Tell whether somebody has appended since the last time; raise `Away`."""
-        try:
+        count = 0
+        with self._failing():
             self._link.consume_input()
-            count = 0
             while self._link.notifies():
                 count += 1
-        except self._error:
-            raise Away(self._failure()) from None
         return count > 0
 
     def wait(self, waker: Waker, seconds: float) -> None:
         """Wait until the database or the waker has something to tell."""
-        with selectors.DefaultSelector() as selector:
+        with self._failing(), selectors.DefaultSelector() as selector:
             selector.register(self._link.socket, selectors.EVENT_READ)
             selector.register(waker, selectors.EVENT_READ)
             selector.select(max(0.0, seconds))
@@ -3686,8 +3695,18 @@ class Database:
         if severity == b"WARNING":
             self._is_cancelled = True
 
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Raise `Away` for whatever the driver or the system says of a broken connection."""
+        try:
+            yield
+        except (self._error, OSError, ValueError, KeyError):
+            raise Away(self._failure()) from None
+
     def _failure(self) -> str:
         """Say what went wrong, in one line that has nothing secret in it."""
+        if self._link is None:
+            return "it cannot be reached"
         return _last_line(self._link.error_message.decode("utf-8", "replace"))
 
 

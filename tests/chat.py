@@ -55,6 +55,16 @@ def wait_until(happened: Callable[[], object], what: str = "it", seconds: float 
         time.sleep(0.005)
 
 
+class Clock:
+    """The module `time` but for some of its functions."""
+
+    def __init__(self, **functions: Callable[..., object]) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> object:
+        return self._functions.get(name) or getattr(time, name)
+
+
 # --- Peers -------------------------------------------------------------------
 
 
@@ -63,8 +73,10 @@ class Peer:
 
     opened: list[Peer] = []  # noqa: RUF012 - emptied after each test by `no_leaks`
 
-    def __init__(self, port: int, *, source: str = "127.0.0.1", buffer: int = 0) -> None:
-        self.sock = socket.socket()
+    def __init__(
+        self, port: int, *, source: str = "127.0.0.1", host: str = "127.0.0.1", buffer: int = 0
+    ) -> None:
+        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._lines: deque[bytes] = deque()  # whole ones that have come
         self._input = b""  # what has come behind them
         self._ended = False
@@ -75,7 +87,7 @@ class Peer:
         self.sock.settimeout(DEADLINE)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.bind((source, 0))
-        self.sock.connect(("127.0.0.1", port))
+        self.sock.connect((host, port))
 
     # What a peer does.
 

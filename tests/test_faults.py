@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from chat import (
+    DEADLINE,
     SMALL,
+    Clock,
     Peer,
     close_peers,
     crowd,
@@ -33,12 +35,14 @@ from protocol import Connection
 from server import (
     Answered,
     Asked,
+    Ban,
     Banned,
     ChatServer,
     Claim,
     Kicked,
     Left,
     Lost,
+    NotStored,
     Output,
     Passed,
     Promoted,
@@ -66,8 +70,10 @@ def test_the_room_goes_on_without_descriptors() -> None:
     """With no descriptor left the room talks on, says so once, and lets people in again later."""
     with run_server("--rate-limit", "0") as server:
         alice, bob = pair(server.port)
+        highest = server.highest_descriptor()
         for episode in range(1, 3):
-            server.allow_descriptors(server.highest_descriptor() + 1)
+            wait_until(lambda: server.highest_descriptor() <= highest, "the others to be closed")
+            server.allow_descriptors(highest + 1)
             waiting = [Peer(server.port) for _ in range(5)]
             server.expect_log("(?s)" + "cannot accept.*" * episode)
             alice.send(*(f"line {number}" for number in range(100)))
@@ -276,6 +282,47 @@ def test_fifty_may_vanish_at_once(room: ChatServer) -> None:
         ghost.vanish()
     assert sorted(alice.lines(50)) == sorted(map(protocol.left, names))
     alice.expect_nothing()
+
+
+class Disk:
+    """Stands before a room's history: lets a round wait, and refuses the next ones."""
+
+    def __init__(self, room: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room = room
+        self.refuses = False
+        self._append = room.history.append
+        self.is_busy = threading.Event()
+        self.may_go_on = threading.Event()
+        monkeypatch.setattr(room.history, "append", self._append_or_refuse)
+
+    def _append_or_refuse(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+        if self.refuses:
+            raise NotStored("no space left, says the test")
+        self.is_busy.set()
+        self.may_go_on.wait(DEADLINE)
+        self._append(lines, bans)
+
+    def hold(self, peer: Peer) -> None:
+        """Have somebody say a line of which the round waits for the disk."""
+        peer.send("hold")
+        assert self.is_busy.wait(DEADLINE)
+
+    def wait_for(self, *kinds: type) -> None:
+        """Wait until entries of these kinds, and no others, wait for the next round."""
+        log = self.room.broadcaster.log
+        wait_until(lambda: [type(one.entry) for one in log._handed] == [*kinds], "the entries")
+
+    def refuse_what_waits(self) -> None:
+        """Store the round under way, and refuse the one that waits."""
+        store, rounds = self.room.broadcaster._store, []
+
+        def store_or_refuse(room: Room) -> None:
+            rounds.append(room)
+            self.refuses = len(rounds) == 1
+            store(room)
+
+        self.room.broadcaster._store = store_or_refuse  # type: ignore[method-assign]
+        self.may_go_on.set()
 
 
 # --- Faults inside -----------------------------------------------------------
@@ -564,24 +611,105 @@ def test_what_no_round_comes_to_has_an_outcome(
     """When the room stops in the middle of a long round, who waits for a name waits no more."""
     monkeypatch.setattr(server_module, "STOP_DELIVER", 0.0)
     alice = Peer(room.port).join("alice")
-    append, begun, may_go_on = room.history.append, threading.Event(), threading.Event()
-
-    def append_later(lines: list[bytes], bans: object = None) -> None:
-        begun.set()
-        may_go_on.wait(30)
-        append(lines)
-
-    monkeypatch.setattr(room.history, "append", append_later)
-    log = room.broadcaster.log
-    alice.send("hello")
-    wait_until(begun.is_set, "the round to begin")
+    disk = Disk(room, monkeypatch)
+    disk.hold(alice)
     bob = Peer(room.port).introduce("bob")
-    wait_until(lambda: len(log) == 1, "bob's claim")
+    disk.wait_for(Claim)
     with stopping(room):
-        wait_until(lambda: log._closed, "the room to stop")
-        may_go_on.set()
+        wait_until(lambda: room.broadcaster.log._closed, "the room to stop")
+        disk.may_go_on.set()
         bob.rest()
     wait_until(lambda: not room.clients, "all threads to end")
+
+
+# --- A disk that refuses a round ---------------------------------------------
+
+NOT_STORED = "-> not sent: it could not be stored; try again later"
+NOT_KEPT = "-> it could not be stored, and will be forgotten when the server ends"
+NOT_TOLD = "-> the room was not told: it could not be stored"
+
+
+def test_what_relied_on_a_refused_name_is_judged_without_it(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When /nick is not stored, the old name is as taken as before, and the new one free."""
+    alice, bob = pair(room.port)
+    disk = Disk(room, monkeypatch)
+    disk.hold(bob)
+    alice.send("/nick alicia")
+    disk.wait_for(Renamed)
+    carol = Peer(room.port).introduce("alice")
+    disk.wait_for(Renamed, Claim)
+    dave = Peer(room.port).introduce("alicia -0")
+    disk.wait_for(Renamed, Claim, Claim)
+    disk.refuse_what_waits()
+    alice.expect("bob: hold", NOT_STORED)
+    carol.expect("-> the name alice is taken; choose another")
+    dave.expect_match("-> Welcome, alicia! .* Already here: alice, bob")
+    alice.send("still alice", "/names")
+    alice.expect("alice: still alice", "-> 3 here: alice, bob, alicia")
+    bob.expect("bob: hold", "alice: still alice")
+
+
+def test_what_a_refused_round_does_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """People come, go and are put out unannounced; what is said is refused, whispers arrive."""
+    with run_chat(op_password="secret") as room:
+        alice, bob = pair(room.port)
+        carol, dave = (Peer(room.port).join(name) for name in ("carol", "dave"))
+        alice.send("/op secret")
+        alice.expect_eventually("-> you are an operator; /kick, /ban, /unban and /bans are yours")
+        bob.expect("* carol joined the chat", "* dave joined the chat")
+        carol.expect("* dave joined the chat")
+        disk = Disk(room, monkeypatch)
+        disk.hold(alice)
+        expected: list[type] = []
+        erin = Peer(room.port)
+        for peer, line, kinds in (
+            (bob, "lost", [Said]),
+            (bob, "/me is lost", [Said]),
+            (bob, "/msg alice psst", [Whispered]),
+            (alice, "/kick carol enough", [Kicked]),
+            (alice, "/ban dave", [Banned]),
+            (erin, "erin -0", [Claim]),
+            (alice, "/names", [Asked]),
+        ):
+            peer.send(line)
+            expected += kinds
+            disk.wait_for(*expected)
+        disk.refuse_what_waits()
+        bob.expect("alice: hold", NOT_STORED, NOT_STORED, "-> to alice: psst")
+        alice.expect("alice: hold", "[from bob] psst", "-> carol was put out", NOT_TOLD)
+        alice.expect("-> dave may not come in until the server ends, which keeps no history")
+        alice.expect(NOT_KEPT, "-> 3 here: alice, bob, erin")
+        assert carol.rest() == ["alice: hold", "-> you were kicked by alice: enough"]
+        assert dave.rest() == ["alice: hold", "-> you were kicked by alice: banned for good"]
+        erin.expect("NICK", "-> Welcome, erin! /help lists the commands. Already here: alice, bob")
+        erin.expect_match("-> at .*")
+        bob.send("after")
+        for peer in alice, bob, erin:
+            peer.expect("bob: after")
+        assert Peer(room.port).introduce("dave").rest() == ["-> you are banned by alice for good"]
+
+
+@pytest.mark.parametrize("kind", [Left, Lost])
+def test_who_leaves_in_a_refused_round_is_gone(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    """Leaving needs no disk: the name is free, and the connection ends."""
+    alice, bob = pair(room.port)
+    disk = Disk(room, monkeypatch)
+    disk.hold(alice)
+    if kind is Left:
+        bob.send("/quit")
+        disk.wait_for(Answered, Left)
+    else:
+        bob.end_input()
+        disk.wait_for(Lost)
+    disk.refuse_what_waits()
+    assert bob.rest() == ["alice: hold"] + ["-> bye"] * (kind is Left)
+    alice.expect("alice: hold")
+    Peer(room.port).join("bob")
+    alice.expect("* bob joined the chat")
 
 
 # --- Clocks ------------------------------------------------------------------
@@ -599,16 +727,6 @@ def test_a_pause_that_fails_ends_nothing(
             for peer in peers:
                 peer.expect_match(rf"(alice|bob): {number}")
         wait_until(lambda: "a fault of the test" in caplog.text, "a pause to fail")
-
-
-class Clock:
-    """The module `time` but for some functions."""
-
-    def __init__(self, **functions: Callable[..., object]) -> None:
-        self._functions = functions
-
-    def __getattr__(self, name: str) -> object:
-        return self._functions.get(name) or getattr(time, name)
 
 
 def test_a_clock_that_fails_for_a_while_ends_nothing(
@@ -631,22 +749,35 @@ def test_a_clock_that_fails_for_a_while_ends_nothing(
     bob.expect("alice: hello", "alice: hello again")
 
 
-def test_a_clock_set_back_by_years_holds_up_nobody(
-    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("years", [-5, 5])
+def test_a_clock_that_is_set_holds_up_nobody(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch, years: int
 ) -> None:
-    """However far off the end of something kept may seem, people talk and come back."""
+    """However far the clock is set, people talk, and a kept place is kept as long as any."""
+    monkeypatch.setattr(server_module, "HELD", 60.0)
     alice = Peer(room.port).join("alice")
     bob = Peer(room.port).introduce(f"bob -0 {KEY}")
     alice.expect("* bob joined the chat")
+    if years < 0:
+        lose(room, bob)
     real = time.time
-    monkeypatch.setattr(time, "time", lambda: real() - 5 * 365 * 86400)
-    bob.vanish()
-    wait_until(lambda: is_away(room, "bob"), "bob's place to be kept")
+    monkeypatch.setattr(time, "time", lambda: real() + years * 365 * 86400)
+    if years > 0:
+        lose(room, bob)
     for number in range(3):
         alice.send(f"hello {number}")
         alice.expect(f"alice: hello {number}")
     bob = Peer(room.port).introduce(f"bob -0 {KEY}")
     bob.expect("-> Welcome back, bob!")
+    monkeypatch.setattr(server_module, "HELD", 0.1)
+    bob.vanish()
+    alice.expect("* bob left the chat")
+
+
+def lose(room: ChatServer, bob: Peer) -> None:
+    """Have bob lose the connection, and the room know of it."""
+    bob.vanish()
+    wait_until(lambda: is_away(room, "bob"), "bob's place to be kept")
 
 
 # --- Wake-ups ----------------------------------------------------------------

@@ -6,16 +6,27 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from chat import SMALL, Peer, pair, run_chat, stopping, wait_until
+from chat import (
+    SMALL,
+    Clock,
+    Peer,
+    hand_in,
+    pair,
+    run_chat,
+    session_of,
+    stopping,
+    wait_until,
+)
 
 import protocol
 import server as server_module
-from server import ChatServer
+from server import ChatServer, Said
 
 # --- Who gets in -------------------------------------------------------------
 
@@ -307,6 +318,7 @@ def test_private_lines_survive_a_gap() -> None:
 def test_who_leaves_without_reading_is_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither /quit nor the end of the input waits for a reader that does not read."""
     monkeypatch.setattr(server_module, "LINGER", 0.3)
+    monkeypatch.setattr(server_module, "PARTING", 0.3)
     with a_room_with_a_sloth(retained=50_000) as (server, bob, carol, sloth):
         talk(bob, [carol], range(1000))
         sloth.send("/quit")
@@ -314,6 +326,67 @@ def test_who_leaves_without_reading_is_gone_at_once(monkeypatch: pytest.MonkeyPa
             peer.expect("* sloth left the chat")
         wait_until(lambda: len(server.clients) == 2, "the place to be free")
         assert accounted(sloth.lines(10), 0) == (10, 0)
+
+
+@contextmanager
+def a_room_with_a_past(tmp_path: Path | None) -> Iterator[tuple[ChatServer, Peer, list[str]]]:
+    """Give a room, alice who is in it and what was said; with a path most of it is in a file."""
+    history = str(tmp_path / "room.db") if tmp_path else None
+    with run_chat(shrunken=True, history=history) as server:
+        if history:
+            server.history.retained = 1000
+        alice = Peer(server.port).join("alice")
+        lines = [f"alice: {number} {'x' * 30}" for number in range(15_000)]
+        for start in range(0, len(lines), 1000):
+            some = [line.encode() for line in lines[start : start + 1000]]
+            hand_in(server, Said(session_of(server, "alice"), some))
+        alice.expect(*lines)
+        yield server, alice, lines
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_long_replay_is_sent_whole_to_who_has_ended_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    """However slowly it is read, while it is, what was asked for comes up to its last line."""
+    passed = [0.0]
+    clock = Clock(monotonic=lambda: time.monotonic() + passed[0])
+    with a_room_with_a_past(tmp_path if durable else None) as (server, alice, said):
+        monkeypatch.setattr(server_module, "time", clock)
+        bob = Peer(server.port, buffer=SMALL).send("bob -15000").end_input()
+        alice.expect("* bob joined the chat", "* bob left the chat")
+        output = next(iter(server.broadcaster._parting))
+        lines: list[str] = []
+        for _ in range(6):  # so many times it is most of a patience late
+            due = output.parts_at
+            passed[0] += server_module.PARTING * 0.8
+            while output.parts_at < due + server_module.PARTING / 2:
+                lines.append(bob.next_line())
+        alice.send("and on")
+        alice.expect("alice: and on")
+        lines += bob.rest()
+        assert lines[0] == "NICK"
+        assert lines[3:] == [*said, "* bob joined the chat"]
+
+
+def test_who_has_ended_the_input_and_never_reads_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A replay that nobody takes ends after a while, and holds up nobody until then."""
+    monkeypatch.setattr(server_module, "LINGER", 0.3)
+    with a_room_with_a_past(None) as (server, alice, _):
+        bob = Peer(server.port, buffer=SMALL).send("bob -15000").end_input()
+        alice.expect("* bob joined the chat", "* bob left the chat")
+        assert server.broadcaster._parting
+        for number in range(10):
+            alice.send(str(number))
+            alice.expect(f"alice: {number}")
+        (output,) = server.broadcaster._parting
+        output.parts_at = 0.0  # its patience is at an end
+        alice.send("and on")
+        alice.expect("alice: and on")
+        wait_until(lambda: len(server.clients) == 1, "the place to be free")
+        bob.expect("NICK")
 
 
 SUSPENDED = """
@@ -387,6 +460,8 @@ def test_private_lines_wait_in_a_bounded_number(size: int) -> None:
         assert len(taken) <= kept
         assert len(taken) >= kept - 30
         sloth.expect(*(f"bob: {number} {WIDE}" for number in range(1000)), *taken)
+        gate = server.broadcaster.outputs[session_of(server, "sloth")].gate
+        wait_until(gate.is_open, "the last line to be counted as sent")
         bob.send("/msg sloth again")
         bob.expect("-> to sloth: again")
         sloth.expect("[from bob] again")

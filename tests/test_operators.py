@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import ctypes
 import importlib.util
 import os
 import re
+import resource
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +36,7 @@ from proxy import Proxy
 from terminal import Terminal
 from trust import ROOT, SLOW_TO_START, stored
 
+import protocol
 import server
 from client import ChatClient
 from server import ChatServer
@@ -40,6 +46,7 @@ OPERATOR = "battery staple"  # with a blank in it
 WRONG = "-> wrong password"
 ENTER = "-> you are an operator; /kick, /ban, /unban and /bans are yours"
 UP = "\x1b[A"
+KEY = "0123456789abcdef"
 
 
 @pytest.fixture(autouse=True)
@@ -508,6 +515,35 @@ def test_operator_stays_one_across_a_lost_connection(room: ChatServer) -> None:
     other.expect_eventually("-> only operators can do that; /op PASSWORD makes you one")
 
 
+@pytest.mark.parametrize("way", ["restart", "given up"])
+def test_rights_end_with_the_place_and_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Who comes back to a new place is an operator again after /op, and told so when asking."""
+    monkeypatch.setattr(server, "HELD", 0.0)
+    options: dict[str, Any] = {"history": str(tmp_path / "room.db"), "op_password": OPERATOR}
+    with contextlib.ExitStack() as stack:
+        room = stack.enter_context(run_chat(**options))
+        alice = Peer(room.port).introduce(f"alice -0 {KEY}")
+        alice.expect_eventually("* alice joined the chat")
+        alice.send(f"/op {OPERATOR}")
+        alice.expect(ENTER)
+        if way == "restart":
+            stack.close()
+            room = stack.enter_context(run_chat(**options))
+        else:
+            alice.vanish()
+            wait_until(lambda: not room.names, "the place to be given up")
+        alice = Peer(room.port).introduce(f"alice -0 {KEY}")
+        alice.expect("-> Welcome, alice! You are the first one here; /help lists the commands")
+        alice.expect_eventually("* alice joined the chat")
+        for command in "/bans", "/kick bob", "/ban bob", "/unban bob":
+            alice.send(command)
+            alice.expect("-> only operators can do that; /op PASSWORD makes you one")
+        alice.send(f"/op {OPERATOR}", "/bans")
+        alice.expect(ENTER, "-> nobody is banned")
+
+
 # --- Kicking -----------------------------------------------------------------
 
 
@@ -532,6 +568,29 @@ def test_kicked_may_come_again(room: ChatServer) -> None:
     bob.rest()
     Peer(room.port).join("bob").send("back")
     alice.expect_eventually("bob: back")
+
+
+@pytest.mark.parametrize("command", ["kick", "ban"])
+def test_who_is_away_can_be_put_out(room: ChatServer, command: str) -> None:
+    """A kept place is taken away before everyone's eyes; its key opens nothing any more."""
+    alice, carol = operator(room), Peer(room.port).join("carol")
+    bob = Peer(room.port).introduce(f"bob -0 {KEY}")
+    bob.expect_eventually("* bob joined the chat")
+    bob.vanish()
+    wait_until(lambda: is_away(room, "bob"), "bob's place to be kept")
+    alice.expect("* carol joined the chat", "* bob joined the chat")
+    alice.send(f"/{command} bob", "/names")
+    carol.expect("* bob joined the chat")
+    carol.expect_match(r"\* bob was kicked by alice(: banned for good)?")
+    alice.expect_match(r"\* bob was kicked by alice(: banned for good)?")
+    alice.expect_match("-> bob (was put out|may not come in .*)")
+    alice.expect("-> 2 here: alice, carol")
+    bob = Peer(room.port).introduce(f"bob -0 {KEY}")
+    if command == "ban":
+        assert bob.rest() == ["-> you are banned by alice for good"]
+    else:
+        bob.expect_match("-> Welcome, bob! .* alice, carol")
+        carol.expect("* bob joined the chat")
 
 
 def test_kick_of_nobody(room: ChatServer) -> None:
@@ -671,6 +730,25 @@ def test_ban_by_address(room: ChatServer, far_away: None) -> None:
     Peer(room.port, source="127.0.0.4").join("carol")
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no socket for IPv6 and IPv4 here")
+def test_ban_by_address_through_a_socket_for_ipv6(far_away: None) -> None:
+    """Who comes by IPv4 to a server on IPv6 is banned with the IPv4 address, and counted so."""
+    with run_chat(host="::", op_password=OPERATOR, max_per_address=2) as room:
+        alice = operator(room, source="127.0.0.2")
+        bob, carol = (Peer(room.port, source="127.0.0.3").join(name) for name in ("bob", "carol"))
+        third = Peer(room.port, source="127.0.0.3").introduce("third")
+        assert third.rest() == [protocol.ADDRESS_FULL]
+        alice.send("/ban bob 5")
+        alice.expect_eventually("* carol joined the chat")
+        for name in "bob", "carol":
+            alice.expect_match(rf"\* {name} was kicked by alice: banned until .*")
+        alice.expect_match(r"-> bob and 127\.0\.0\.3 may not come in until .*")
+        for peer in bob, carol:
+            peer.rest()
+        turned_away(room.port, "dave", "127.0.0.3")
+        Peer(room.port, source="127.0.0.4").join("dave")
+
+
 def test_ban_from_this_machine_is_by_name_alone(room: ChatServer) -> None:
     """A ban of somebody on the loopback address does not keep out everybody on it."""
     alice, bob = operator(room), Peer(room.port).join("bob")
@@ -678,6 +756,303 @@ def test_ban_from_this_machine_is_by_name_alone(room: ChatServer) -> None:
     bob.rest()
     Peer(room.port).join("carol").send("hello")
     alice.expect_eventually("carol: hello")
+
+
+def test_ban_puts_out_all_from_the_address(room: ChatServer, far_away: None) -> None:
+    """Every connection of the banned address is put out, a kept place too; the others stay."""
+    alice = operator(room, source="127.0.0.2")
+    bob, carol = (Peer(room.port, source="127.0.0.3").join(name) for name in ("bob", "carol"))
+    dave = Peer(room.port, source="127.0.0.3").introduce(f"dave -0 {KEY}")
+    dave.expect_eventually("* dave joined the chat")
+    erin = Peer(room.port, source="127.0.0.4").join("erin")
+    dave.vanish()
+    wait_until(lambda: is_away(room, "dave"), "dave's place to be kept")
+    unnamed = Peer(room.port, source="127.0.0.3")
+    unnamed.expect("NICK")
+    alice.send("/ban bob loud", "/names")
+    for peer in bob, carol:
+        assert "-> you were kicked by alice: banned for good: loud" in peer.rest()
+    for name in "bob", "carol", "dave":
+        erin.expect(f"* {name} was kicked by alice: banned for good: loud")
+    alice.expect_eventually("-> 2 here: alice, erin")
+    unnamed.send("frank")
+    unnamed.expect("-> you are banned by alice for good: loud")
+    told = turned_away(room.port, f"dave -0 {KEY}", "127.0.0.3")
+    assert told == "-> you are banned by alice for good: loud"
+
+
+@pytest.mark.parametrize("way", ["left", "renamed", "lost", "renamed and left"])
+def test_ban_of_who_is_away_bans_the_address(room: ChatServer, far_away: None, way: str) -> None:
+    """A name that somebody had, and has no more, is banned with the address it was used from."""
+    alice = operator(room, source="127.0.0.2")
+    bob = Peer(room.port, source="127.0.0.3").introduce(f"bob -0 {KEY}")
+    bob.expect_eventually("* bob joined the chat")
+    alice.expect("* bob joined the chat")
+    if way.startswith("renamed"):
+        bob.send("/nick rob")
+        alice.expect("* bob is now rob")
+    if way.endswith("left"):
+        bob.send("/quit")
+        alice.expect_match(r"\* (bob|rob) left the chat")
+    if way == "lost":
+        bob.vanish()
+        wait_until(lambda: is_away(room, "bob"), "bob's place to be kept")
+    alice.send("/ban bob")
+    if way in ("renamed", "lost"):
+        alice.expect_match(r"\* (bob|rob) was kicked by alice: banned for good")
+    alice.expect(
+        "-> bob and 127.0.0.3 may not come in until the server ends, which keeps no history"
+    )
+    assert turned_away(room.port, "carol", "127.0.0.3") == "-> you are banned by alice for good"
+    Peer(room.port, source="127.0.0.4").join("carol")
+
+
+def test_renewed_ban_keeps_its_address(room: ChatServer, far_away: None) -> None:
+    """A ban that is given again while its bearer is away holds for the address as before."""
+    alice = operator(room, source="127.0.0.2")
+    Peer(room.port, source="127.0.0.3").join("bob")
+    alice.expect("* bob joined the chat")
+    alice.send("/ban bob 5 first")
+    alice.expect_match(r"\* bob was kicked by alice: .*")
+    alice.expect_match("-> bob and 127.0.0.3 may not .* first")
+    Peer(room.port, source="127.0.0.4").join("carol")
+    alice.send("/ban BOB 10 second", "/bans")
+    alice.expect("* carol joined the chat")
+    alice.expect_match("-> BOB and 127.0.0.3 may not .* second")
+    alice.expect_match(r"-> BOB 127\.0\.0\.3 by alice until \S+ \S+: second")
+    assert turned_away(room.port, "robert", "127.0.0.3").endswith(": second")
+
+
+def test_renewed_ban_keeps_its_address_over_a_restart(tmp_path: Path, far_away: None) -> None:
+    """The address is known from the file when the ban is given again by a later server."""
+    options: dict[str, Any] = {"history": str(tmp_path / "room.db"), "op_password": OPERATOR}
+    with run_chat(**options) as chat_server:
+        alice = operator(chat_server, source="127.0.0.2")
+        Peer(chat_server.port, source="127.0.0.3").join("bob")
+        alice.expect("* bob joined the chat")
+        alice.send("/ban bob 5")
+        alice.expect_match(r"\* bob was kicked by alice: .*")
+        alice.expect_match("-> bob and 127.0.0.3 may not .*")
+    for _ in range(2):
+        with run_chat(**options) as chat_server:
+            alice = operator(chat_server, source="127.0.0.2")
+            alice.send("/ban bob")
+            alice.expect("-> bob and 127.0.0.3 may not come in for good")
+    with run_chat(**options) as chat_server:
+        turned_away(chat_server.port, "robert", "127.0.0.3")
+
+
+def test_ban_never_hits_its_operator(room: ChatServer, far_away: None) -> None:
+    """Nobody bans themselves, by a name or an address, and who shares it can still come in."""
+    alice = operator(room, source="127.0.0.3")
+    bob = Peer(room.port, source="127.0.0.3").join("bob")
+    alice.expect("* bob joined the chat")
+    for name in "alice", "ALICE", "aIice":
+        alice.send(f"/ban {name}")
+        alice.expect("-> not sent: that would put you out too; choose somebody else")
+    alice.send("/ban bob", "/bans")
+    alice.expect("* bob was kicked by alice: banned for good")
+    alice.expect("-> bob may not come in until the server ends, which keeps no history")
+    alice.expect("-> bob - by alice for good")
+    bob.rest()
+    alice.send("/quit")
+    alice.rest()
+    alice = operator(room, source="127.0.0.3")
+    alice.send("/unban bob")
+    alice.expect("-> bob may come in again")
+    Peer(room.port, source="127.0.0.3").join("bob")
+
+
+@pytest.mark.parametrize("name", ["alice", "ALICE", "aIice", "a1ice"])
+def test_ban_of_a_name_covers_its_looks(room: ChatServer, name: str) -> None:
+    """Who is banned cannot come as somebody who looks the same, at the door or by /nick."""
+    boss = operator(room, "boss")
+    carol = Peer(room.port).join("carol")
+    boss.send("/ban alice")
+    boss.expect_eventually("-> alice may not come in until the server ends, which keeps no history")
+    assert turned_away(room.port, name) == "-> you are banned by boss for good"
+    carol.send(f"/nick {name}")
+    carol.expect(f"-> not sent: the name {name} is banned; choose another")
+
+
+def test_ban_by_a_look_puts_out_who_looks_so(room: ChatServer, far_away: None) -> None:
+    """An operator who types what the screen shows bans who is meant, with the address."""
+    boss = operator(room, "boss", source="127.0.0.2")
+    alice = Peer(room.port, source="127.0.0.3").join("alice")
+    boss.expect("* alice joined the chat")
+    boss.send("/ban aIice")
+    boss.expect("* alice was kicked by boss: banned for good")
+    boss.expect_match("-> aIice and 127.0.0.3 may not come in .*")
+    alice.rest()
+    turned_away(room.port, "carol", "127.0.0.3")
+
+
+def test_ban_ends_without_anybodys_doing(room: ChatServer, clock: Callable[[float], None]) -> None:
+    """A ban that is over is not listed, and its name free, though nobody came or left since."""
+    alice = operator(room)
+    alice.send("/ban bob 1", "/ban carol", "/bans")
+    alice.expect_match("-> bob may not .*")
+    alice.expect_match("-> carol may not .*")
+    alice.expect_match("-> bob - by alice until .*")
+    alice.expect("-> carol - by alice for good")
+    clock(61)
+    alice.send("a moment")
+    alice.expect("alice: a moment")
+    alice.send("/bans", "/nick bob")
+    alice.expect("-> carol - by alice for good", "-> you are now bob", "* alice is now bob")
+
+
+def test_ban_for_decades_holds_up_nobody(tmp_path: Path) -> None:
+    """The longest ban that can be asked for is kept, and an empty room lets people in."""
+    options: dict[str, Any] = {"history": str(tmp_path / "room.db"), "op_password": OPERATOR}
+    with run_chat(**options) as chat_server:
+        alice = operator(chat_server)
+        alice.send("/ban bob 9999999")
+        alice.expect_match(r"-> bob may not come in until 20\d\d-\S+ \S+")
+    with run_chat(**options) as chat_server:
+        told = turned_away(chat_server.port, "bob")
+        assert told.startswith("-> you are banned by alice until 20")
+        Peer(chat_server.port).join("carol")
+
+
+def test_ban_holds_with_a_clock_set_back(room: ChatServer, clock: Callable[[float], None]) -> None:
+    """A ban for minutes holds from when it is given, though the clock was ahead before."""
+    alice = operator(room)
+    clock(7200)
+    Peer(room.port).join("carol")
+    clock(-7200)
+    alice.send("/ban bob 30")
+    alice.expect_eventually("* carol joined the chat")
+    alice.expect_match("-> bob may not come in until .*")
+    assert turned_away(room.port, "bob").startswith("-> you are banned by alice until ")
+
+
+def test_ban_with_a_full_disk_holds_and_is_told_to_be_forgotten(tmp_path: Path) -> None:
+    """An operator hears that a ban could not be stored; it holds, and is gone after a restart."""
+    (tmp_path / "op").write_text(OPERATOR)
+    options = ("--history", str(tmp_path / "room.db"), "--op-password-file", str(tmp_path / "op"))
+    with run_server(*options) as process:
+        alice, bob = pair(process.port)
+        alice.send(f"/op {OPERATOR}")
+        alice.expect(ENTER)
+        hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, hard))
+        alice.send("/ban bob", "/names")
+        alice.expect("-> bob may not come in for good", NOT_KEPT, "-> 1 here: alice")
+        assert bob.rest() == ["-> you were kicked by alice: banned for good"]
+        assert turned_away(process.port, "bob") == "-> you are banned by alice for good"
+        alice.send("/unban bob", "/kick alice")
+        alice.expect("-> bob may come in again", NOT_KEPT)
+        assert alice.rest() == ["-> you were kicked by alice"]
+        alice = Peer(process.port).introduce("alice")
+        alice.send(f"/op {OPERATOR}", "/ban bob")
+        alice.expect_eventually(NOT_KEPT)
+    with run_server(*options) as process:
+        Peer(process.port).join("bob")
+
+
+NOT_KEPT = "-> it could not be stored, and will be forgotten when the server ends"
+
+
+@pytest.mark.parametrize(
+    ("host", "own", "expected"),
+    [
+        ("192.0.2.7", "192.0.2.1", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "::ffff:192.0.2.1", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "2001:db8::1", "192.0.2.7"),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1", "127.0.0.1"),
+        ("2001:db8:1:2:3::4", "2001:db8::1", "2001:db8:1:2::/64"),
+        ("2001:DB8:1:2:ffff::4", "2001:db8::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3:3::4", "2001:db8::1", "2001:db8:1:3::/64"),
+        ("2001:db8:1:2:3::4", "2001:db8:1:2::1", "2001:db8:1:2:3::4"),
+        ("fe80::1%eth0", "fe80::2%eth0", "fe80::1"),
+        ("fe80::1%eth0", "2001:db8::1", "fe80::1"),
+        ("::1", "::1", "::1"),
+    ],
+)
+def test_what_counts_as_one_address(host: str, own: str, expected: str) -> None:
+    """An IPv6 /64 does, but a link's own or ours; a mapped address is the IPv4 one."""
+    assert server.network(host, own) == expected
+
+
+def test_ban_covers_the_network_of_an_ipv6_address() -> None:
+    """The next address of the /64 does not get in, one of another network does."""
+    room = server.Room(durable=False)
+    own = "2001:db8::1"
+
+    def claim(session: int, name: str, host: str) -> None:
+        asked = protocol.introduction(name)
+        room.apply(server.Claim(session, asked, server.network(host, own), 1.0))
+
+    claim(1, "alice", "2001:db8:a::1")
+    claim(2, "bob", "2001:db8:b::1")
+    claim(3, "carol", "2001:db8:b::2")
+    room.apply(server.Promoted(1))
+    room.apply(server.Banned(1, "bob", 0.0, "", 2.0))
+    assert room.present() == ["alice"]
+    with pytest.raises(server.Farewell, match="banned"):
+        claim(4, "dave", "2001:db8:b:0:ffff::99")
+    claim(5, "erin", "2001:db8:b:1::1")
+    room.apply(server.Banned(1, "frank", 0.0, "", 3.0))
+    room.apply(server.Banned(1, "erin", 0.0, "", 4.0))
+    assert [ban.address for ban in room.bans] == ["2001:db8:b::/64", "", "2001:db8:b:1::/64"]
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[concurrent.futures.Executor]:
+    """Give a thread that is in a network of its own, with addresses of three IPv6 networks."""
+    ip, name = shutil.which("ip"), f"chat-{os.getpid()}"
+    if ip is None or os.geteuid() != 0:
+        pytest.skip("making a network namespace takes root and the program ip")
+
+    def run(command: str) -> int:
+        return subprocess.run([ip, *command.split()], capture_output=True, check=False).returncode
+
+    commands = [f"netns add {name}", f"-n {name} link set lo up"]
+    commands += [f"-n {name} addr add {host}/64 dev lo nodad" for host in (HOST, *GUESTS)]
+    try:
+        for command in commands:
+            if run(command):
+                pytest.skip(f"this machine makes no such network: ip {command}")
+        with (
+            open(f"/run/netns/{name}", "rb") as namespace,
+            concurrent.futures.ThreadPoolExecutor(1) as thread,
+        ):
+            setns = ctypes.CDLL(None).setns
+            assert thread.submit(setns, namespace.fileno(), 0).result() == 0
+            yield thread
+    finally:
+        run(f"netns del {name}")
+
+
+HOST = "2001:db8:0:1::1"
+GUESTS = ("2001:db8:0:1::2", "2001:db8:0:2::a", "2001:db8:0:2::b", "2001:db8:0:3::a")
+
+
+def test_ban_covers_the_network_of_a_real_connection(
+    elsewhere: concurrent.futures.Executor,
+) -> None:
+    """Over IPv6 the next address of a banned /64 is turned away, another network's let in."""
+    chat = run_chat(host="::", op_password=OPERATOR, max_per_address=2)
+    room = elsewhere.submit(chat.__enter__).result()
+    with contextlib.ExitStack() as stack:
+        stack.push(chat)
+
+        def connect(source: str) -> Peer:
+            return elsewhere.submit(Peer, room.port, source=source, host=HOST).result()
+
+        near, first, second, other = GUESTS
+        alice = connect(near).join("alice")
+        alice.send(f"/op {OPERATOR}")
+        alice.expect(ENTER)
+        bob, carol = connect(first).join("bob"), connect(second).join("carol")
+        assert connect(second).introduce("third").rest() == [protocol.ADDRESS_FULL]
+        alice.send("/ban bob")
+        for peer in bob, carol:
+            assert "-> you were kicked by alice: banned for good" in peer.rest()
+        told = connect(second).introduce("dave").rest()
+        assert told == ["-> you are banned by alice for good"]
+        connect(other).join("erin")
 
 
 def test_bans_are_listed_and_taken_back(room: ChatServer, far_away: None) -> None:
@@ -761,11 +1136,11 @@ def test_kicked_client_ends_with_the_reason(room: ChatServer) -> None:
     process = start(room.port, "--name", "bob")
     alice.expect("* bob joined the chat")
     alice.send("/kick bob enough")
-    output, errors = process.communicate(timeout=DEADLINE)
+    alice.expect("* bob was kicked by alice: enough", "-> bob was put out")
+    output, errors = process.communicate(timeout=DEADLINE)  # which ends its input
     assert process.returncode == 1
     assert b"client.py: you were kicked by alice: enough\n" in errors
     assert b"* bob joined the chat" in output
-    alice.expect("* bob was kicked by alice: enough", "-> bob was put out")
     alice.expect_nothing()
 
 

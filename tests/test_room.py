@@ -191,6 +191,7 @@ def test_what_is_said_during_a_round_is_heard_by_those_still_to_be_served(
     """They get it with what the round began with, those before them in the next, all in order."""
     monkeypatch.setattr(server_module, "SLICE", 1)
     alice, bob = pair(room.port)
+    wait_until(lambda: not room.broadcaster.log.lines, "the round in which bob came to end")
     first, last = (client.connection for client in room.clients)
     send_first, send_last, sent = first.send, last.send, []
 
