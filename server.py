@@ -3993,16 +3993,13 @@ class Arrival(NamedTuple):
 class SharedLog(EntryLog):
     """The log of a room that several servers have: rounds in a database.
 
-    A thread of its own appends what was handed in here, a round at a time, and reads what
-    there is.  What concerns only one client waits with what that client handed in before,
-    and is applied at once if there is nothing.
+    What was handed in here goes there and comes back by the `Follower`'s thread.  What
+    concerns only one client waits for what that client handed in before, and is applied
+    at once if there is nothing.
     """
 
     def __init__(self, broadcaster: Broadcaster, history: SharedHistory, waker: Waker) -> None:
         super().__init__(Waker())  # wakes the thread that follows the log
-        self._broadcaster = broadcaster
-        self._history = history
-        self._room_waker = waker
         self._pending: Counter[int] = Counter()  # entries that wait or are under way, by session
         self._unapplied = 0  # of those, all together
         self._arrived: deque[Arrival] = deque()
@@ -4010,17 +4007,12 @@ class SharedLog(EntryLog):
         # Guarded by the lock: all of the above.  The broadcaster's own:
         self._served: list[Handed] = []  # of ours, in the round that is being applied
         self._entered = 0  # the name under which this server is in the room
-        self._confirm_at = 0.0
-        # The own of the thread that follows, but for the name:
-        self._database = Database(history.address)
-        self._follower = Follower(_fresh_name(), history.fmt)
-        self._begun_at = 0.0  # when the last round was
-        self._silent_since: float | None = None  # when the database was last well
-        self._is_lost = False  # that it is not was logged
-        self._ending = threading.Event()
-        self._is_over = threading.Event()  # our part is, as the room has it
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._confirm_at = 0.0  # when to look next for private lines that have come
+        self._broadcaster = broadcaster
+        self._history = history
+        self._room_waker = waker
         self._keeper = Keeper(broadcaster, history)
+        self._scribe = Scribe(self, self._waker, history, self._keeper)
 
     # For any thread.
 
@@ -4029,9 +4021,9 @@ class SharedLog(EntryLog):
         return self._unapplied + len(self._arrived)
 
     def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
-        """Append an entry and return its number, as `EntryLog` does; raise `Farewell` at the door.
+        """Append an entry and return its number, as `EntryLog` does.
 
-        Nobody comes in while the database is away.
+        Raise `Farewell` for who asks to come in while the database is away.
         """
         number = super().hand_in(handed, gate)
         if not is_shared(handed.entry):
@@ -4046,14 +4038,14 @@ class SharedLog(EntryLog):
             if self._closed:
                 raise Gone
             if self._is_waiting and type(handed.entry) is Claim:
-                raise Farewell("the room is waiting", protocol.WAITING_AT_THE_DOOR)
+                raise _no_admission()
             if not is_shared(handed.entry) and not self._pending[session]:
                 self._arrived.append(Arrival([handed]))
             elif gate is not None and self.lines >= MAX_QUEUED:
                 self._crowd.append(gate)
                 return False
             else:
-                self._handed.append(handed)
+                self._handed.append(handed._replace(is_ours=True))
                 self._lines += handed.lines
                 self._pending[session] += 1
                 self._unapplied += 1
@@ -4066,11 +4058,22 @@ class SharedLog(EntryLog):
 
     def new_session(self) -> int:
         """Return the number of a connection that is new, here and on all servers."""
-        return self._follower.server << SERVER_BITS | super().new_session()
+        return self._scribe.server << SERVER_BITS | super().new_session()
 
     def until(self, moment: float) -> float:
         """Time comes with the rounds of the log alone."""
         return math.inf
+
+    def start(self) -> None:
+        """Start following."""
+        self._scribe.start()
+        self._keeper.start()
+
+    def stop(self) -> None:
+        """Say that this server ends, if the database is there, and end the threads."""
+        if self._scribe.stop():
+            self._waker.close()
+        self._keeper.stop()
 
     # For the broadcaster.
 
@@ -4096,17 +4099,44 @@ class SharedLog(EntryLog):
     def end_round(self) -> None:
         """Count what was taken as done, and let those go on who wait for space."""
         served, self._served = self._served, []
-        self._forget(served)
+        self.forget(served)
         if self._entered and self._entered not in self._broadcaster.room.servers:
-            if self._entered == self._follower.server:
-                self._is_over.set()
-                self._waker.wake()
+            self._scribe.end_part(self._entered)
             self._entered = 0
         if time.monotonic() > self._confirm_at:
             self._confirm_private()
 
-    def _forget(self, handed: list[Handed]) -> None:
-        """Count entries of ours as done with."""
+    def _confirm_private(self) -> None:
+        """Have the room know which private lines have come, as far as the network tells."""
+        self._confirm_at = time.monotonic() + CONFIRM
+        for output in [*self._broadcaster.outputs.values()]:
+            is_new = output.whispers > output.confirmed and not output.data
+            if is_new and output.connection.is_acknowledged():
+                output.confirmed = output.whispers
+                with contextlib.suppress(Gone):
+                    self.hand_in(Handed(Got(output.session, output.whispers)))
+
+    # For the thread that follows.
+
+    def gather(self, *, is_due: bool) -> list[Handed] | None:
+        """Return what is to be the next round; None if there need not be one."""
+        with self._lock:
+            if not (self._handed or is_due):
+                return None
+            handed, self._handed = self._handed, []
+            self._lines_taken += self._lines
+            self._lines = 0
+        return handed
+
+    def deliver(self, *handed: Handed, beginning: Beginning | None = None) -> None:
+        """Have the broadcaster apply what has come."""
+        if handed:
+            with self._lock:
+                self._arrived.append(Arrival([*handed], beginning))
+            self._room_waker.wake()
+
+    def forget(self, handed: list[Handed]) -> None:
+        """Count entries of ours as done with, and let those go on who wait for space."""
         with self._lock:
             for one in handed:
                 session = getattr(one.entry, "session", 0)
@@ -4119,32 +4149,85 @@ class SharedLog(EntryLog):
         for gate in crowd:
             gate.ring()
 
-    def _confirm_private(self) -> None:
-        """Have the room know which private lines have come, as far as the network tells."""
-        self._confirm_at = time.monotonic() + CONFIRM
-        for output in [*self._broadcaster.outputs.values()]:
-            is_new = output.whispers > output.confirmed and not output.data
-            if is_new and output.connection.is_acknowledged():
-                output.confirmed = output.whispers
-                with contextlib.suppress(Gone):
-                    self.hand_in(Handed(Got(output.session, output.whispers)))
+    def drop(self, handed: list[Handed], why: Exception) -> None:
+        """Let all know who wait for entries that are not applied any more."""
+        self.forget(handed)
+        for one in handed:
+            if one.reserved is not None:
+                one.reserved.remove(1, one.size)
+            if one.outcome is not None:
+                one.outcome.value = why
+                one.outcome.settle()
 
-    # The thread that follows the log.
+    def wait(self) -> None:
+        """Tell people that the database is away; nobody comes in meanwhile."""
+        with self._lock:
+            self._is_waiting = True
+            claims = [one for one in self._handed if type(one.entry) is Claim]
+            self._handed = [one for one in self._handed if type(one.entry) is not Claim]
+            self._lines -= len(claims)
+            self._lines_taken += len(claims)  # until they are forgotten
+        self.drop(claims, _no_admission())
+        self.deliver(Handed(Noted(protocol.WAITING)))
+
+    def go_on(self) -> None:
+        """Tell people that the database is there again."""
+        with self._lock:
+            self._is_waiting = False
+        self.deliver(Handed(Noted(protocol.GOES_ON)))
+
+
+def _no_admission() -> Farewell:
+    return Farewell("the room is waiting", protocol.WAITING_AT_THE_DOOR)
+
+
+class Scribe:
+    """The thread that appends what was handed in here, a round at a time, and reads what there is.
+
+    All of it is that thread's own, but for the name under which it does so.
+    """
+
+    def __init__(
+        self, shared: SharedLog, waker: Waker, history: SharedHistory, keeper: Keeper
+    ) -> None:
+        self._log = shared
+        self._waker = waker
+        self._history = history
+        self._keeper = keeper
+        self._database = Database(history.address)
+        self._follower = Follower(_fresh_name(), history.fmt)
+        self._begun_at = 0.0  # when the last round was
+        self._silent_since: float | None = None  # when the database was last well
+        self._is_lost = False  # that it is not was logged
+        self._has_told = False  # people know that the room waits
+        self._ended_part = 0  # the name of the part that is over, as the room has it; any thread's
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+
+    # For other threads.
+
+    @property
+    def server(self) -> int:
+        """The name of this server for now."""
+        return self._follower.server
+
+    def end_part(self, name: int) -> None:
+        """Have it begin anew, if that is still its name."""
+        self._ended_part = name
+        self._waker.wake()
 
     def start(self) -> None:
-        """Start following."""
+        """Start the thread."""
         self._thread.start()
-        self._keeper.start()
 
-    def stop(self) -> None:
-        """Say that this server ends, if the database is there, and end the threads."""
-        self._history.give_up()
+    def stop(self) -> bool:
+        """Say that this server ends, if the database is there, and tell whether the thread did."""
         self._ending.set()
         self._waker.wake()
         self._thread.join(STOP_CLOSE)
-        self._keeper.stop()
-        if not self._thread.is_alive():
-            self._waker.close()
+        return not self._thread.is_alive()
+
+    # The thread.
 
     def _run(self) -> None:
         while not self._ending.is_set():
@@ -4158,8 +4241,8 @@ class SharedLog(EntryLog):
                 self._give_up(error)
                 break
             except Exception:
-                log.exception("a fault in the log; this server begins anew")
-                self._begin_anew("it begins anew")
+                log.exception("a fault in the log")
+                self._begin_anew("this server begins anew")
                 self._ending.wait(AGAIN)
 
     def _follow(self) -> None:
@@ -4171,49 +4254,47 @@ class SharedLog(EntryLog):
             while not self._ending.is_set():
                 self._step()
             if self._follower.is_free:
-                self._follower.begin([Handed(Ended(self._follower.server))])
-                self._ask_for_round(STOP_CLOSE / 2, lambda: None)
+                self._follower.begin([Handed(Ended(self.server))])
+                self._append(STOP_CLOSE / 2, lambda: None)
         finally:
             self._database.close()
 
     def _step(self) -> None:
         """Append a round if there is one, else wait for others to."""
-        if self._is_over.is_set():
+        if self._ended_part == self.server:
             raise Over
         if not self._follower.is_free or self._begin_round():
-            rows = self._ask_for_round(UNANSWERED, self._tick)
+            rows = self._append(UNANSWERED, self._tick)
             if self._follower.number is None:
                 self._start()
             else:
-                self._deliver(Arrival(self._follower.answered(rows)))
+                self._log.deliver(*self._follower.answered(rows))
             self._be_well()
-            return
-        if not self._database.is_notified():
-            self._database.wait(self._waker, self._begun_at + EMPTY_ROUND - time.monotonic())
-            self._waker.clear()
-            if not self._database.is_notified():
-                return
-        found = self._database.execute(
-            f"{READ_ROWS} chat.rounds WHERE number > $1 ORDER BY 1",
-            self._follower.number,
-            seconds=UNANSWERED,
-            tick=self._tick,
-        )
-        self._deliver(Arrival(self._follower.heard(_rows(found))))
+        elif self._database.is_notified() or self._hears():
+            found = self._database.execute(
+                f"{READ_ROWS} chat.rounds WHERE number > $1 ORDER BY 1",
+                self._follower.number,
+                seconds=UNANSWERED,
+                tick=self._tick,
+            )
+            self._log.deliver(*self._follower.heard(_rows(found)))
 
     def _begin_round(self) -> bool:
         """Make a round of what was handed in, or an empty one if it is time; tell whether."""
         is_due = time.monotonic() - self._begun_at >= EMPTY_ROUND
-        with self._lock:
-            if not (self._handed or is_due):
-                return False
-            handed, self._handed = self._handed, []
-            self._lines_taken += self._lines
-            self._lines = 0
-        self._follower.begin([one._replace(is_ours=True) for one in handed])
-        return True
+        handed = self._log.gather(is_due=is_due)
+        if handed is not None:
+            self._follower.begin(handed)
+        return handed is not None
 
-    def _ask_for_round(self, seconds: float, tick: Callable[[], None]) -> list[Row]:
+    def _hears(self) -> bool:
+        """Wait until there is something to do; tell whether others have appended."""
+        self._database.wait(self._waker, self._begun_at + EMPTY_ROUND - time.monotonic())
+        self._waker.clear()
+        return self._database.is_notified()
+
+    def _append(self, seconds: float, tick: Callable[[], None]) -> list[Row]:
+        """Have our round in the log, and return what is new there."""
         self._begun_at = time.monotonic()
         if self._silent_since is None:
             self._silent_since = self._begun_at
@@ -4228,36 +4309,22 @@ class SharedLog(EntryLog):
 
     def _start(self) -> None:
         """Go on from the newest point."""
-        server, history = self._follower.server, self._history
-        beginning = _read_beginning(self._database, server, history.retained, history.fmt)
-        follow = self._follower.start(beginning.number, beginning.rows)
+        history = self._history
+        beginning = _read_beginning(self._database, self.server, history.retained, history.fmt)
+        behind = self._follower.start(beginning.number, beginning.rows)
         self._keeper.learn(beginning.number, beginning.state["end"])
-        self._deliver(Arrival([Handed(Restored(beginning.state)), *follow], beginning))
-
-    def _deliver(self, arrival: Arrival) -> None:
-        if arrival.handed:
-            with self._lock:
-                self._arrived.append(arrival)
-            self._room_waker.wake()
+        self._log.deliver(Handed(Restored(beginning.state)), *behind, beginning=beginning)
 
     # When the database is away.
 
     def _tick(self) -> None:
-        """Tell people when it takes too long; the room ends meanwhile if it has to."""
+        """Tell people when it takes too long; end the wait if the room ends meanwhile."""
         if self._ending.is_set():
             raise Away("the server ends")
         since = self._silent_since
-        if since is None or self._is_waiting or time.monotonic() - since < TELL_WAITING:
-            return
-        with self._lock:
-            self._is_waiting = True
-            claims = [one for one in self._handed if type(one.entry) is Claim]
-            self._handed = [one for one in self._handed if type(one.entry) is not Claim]
-            self._lines -= len(claims)
-            self._lines_taken += len(claims)  # until they are forgotten
-        away = Farewell("the room is waiting", protocol.WAITING_AT_THE_DOOR)
-        self._settle(claims, away)
-        self._deliver(Arrival([Handed(Noted(protocol.WAITING))]))
+        if since is not None and not self._has_told and time.monotonic() - since >= TELL_WAITING:
+            self._has_told = True
+            self._log.wait()
 
     def _be_well(self) -> None:
         """Know that the database has answered."""
@@ -4265,55 +4332,39 @@ class SharedLog(EntryLog):
         if self._is_lost:
             self._is_lost = False
             log.info("the database answers again")
-        if self._is_waiting:
-            with self._lock:
-                self._is_waiting = False
-            self._deliver(Arrival([Handed(Noted(protocol.GOES_ON))]))
+        if self._has_told:
+            self._has_told = False
+            self._log.go_on()
 
     def _lose(self, why: str) -> None:
         """Wait a little before the next host is tried, and log that it has to be."""
         if self._silent_since is None:
             self._silent_since = time.monotonic()
-        if not self._ending.is_set():
-            if not self._is_lost:
-                log.error("%s is away: %s; the room waits", self._database.shown, why)
-                self._is_lost = True
-            self._ending.wait(AGAIN)
-            with contextlib.suppress(Away):
-                self._tick()
+        if self._ending.is_set():
+            return
+        if not self._is_lost:
+            log.error("%s is away: %s; the room waits", self._database.shown, why)
+            self._is_lost = True
+        self._ending.wait(AGAIN)
+        with contextlib.suppress(Away):
+            self._tick()
 
     def _begin_anew(self, why: str) -> None:
         """Be another server from now on: nothing that was handed in before counts."""
         log.warning("%s", why)
-        former, self._follower = (
-            self._follower,
-            Follower(_fresh_name(), self._history.fmt, self._follower.server),
-        )
+        former = self._follower
+        self._follower = Follower(_fresh_name(), self._history.fmt, former.server)
         self._drop_all(former)
-        self._is_over.clear()
 
     def _drop_all(self, former: Follower) -> None:
-        with self._lock:
-            handed, self._handed = self._handed, []
-            self._lines_taken += self._lines
-            self._lines = 0
-        self._settle([*former.abandoned(), *handed], Gone())
-
-    def _settle(self, handed: list[Handed], value: Exception) -> None:
-        """Let all know who wait for these entries, which are not applied any more."""
-        self._forget(handed)
-        for one in handed:
-            if one.reserved is not None:
-                one.reserved.remove(1, one.size)
-            if one.outcome is not None:
-                one.outcome.value = value
-                one.outcome.settle()
+        waiting = self._log.gather(is_due=True) or []
+        self._log.drop([*former.abandoned(), *waiting], Gone())
 
     def _give_up(self, error: Exception) -> None:
         """End the server: it cannot go on from what the database has."""
         why = error if str(error) else "the database is not the one that it was; start again"
         log.critical("%s", why)
-        self.close()
+        self._log.close()
         self._drop_all(self._follower)
         import _thread
 

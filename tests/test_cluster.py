@@ -670,3 +670,21 @@ def test_talk_goes_on_while_a_server_is_cut_off(
         ghost.rest()
         talkers.lead(two.port, one.port)
         talkers.check()
+
+
+def test_talk_goes_on_through_a_failover(
+    primary: tuple[Postgres, Postgres], chance: random.Random
+) -> None:
+    """Twelve who talk at three servers lose nothing when the database's primary is killed."""
+    first, second = primary
+    with contextlib.ExitStack() as stack:
+        address = both(first, second)
+        running = [stack.enter_context(one_more(address, UNANSWERED=1.0)) for _ in range(3)]
+        talkers = Talkers(stack, [server.port for server in running], 12)
+        for number in range(600):
+            talkers.talk(chance)
+            if number == 300:
+                talkers.chats[0][1].wait_for(talkers.said[0][0])
+                first.kill()
+                second.promote()
+        talkers.check()

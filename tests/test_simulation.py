@@ -13,11 +13,15 @@ import heapq
 import itertools
 import json
 import random
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from chat import DEADLINE
 
 import protocol
 import server as program
@@ -925,6 +929,29 @@ def test_entries_stand_in_the_log_as_they_are() -> None:
     ]  # fmt: skip
     assert decode_entries(encode_entries(entries, "utf-8"), "utf-8") == entries
     assert all(map(is_shared, entries))
+
+
+ALONE = """
+import sys, threading
+sys.path.insert(0, {folder!r})
+import server
+with server.ChatServer(port=0):
+    print(sorted(thread.name for thread in threading.enumerate()))
+    print([name for name in ("json", "psycopg", "secrets") if name in sys.modules])
+"""
+
+
+def test_a_server_alone_has_no_more_than_it_needs() -> None:
+    """Without a shared history there is no thread and no import for it."""
+    folder = str(Path(program.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE.format(folder=folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=DEADLINE,
+    )
+    assert done.stdout == "['MainThread', 'broadcaster', 'pager', 'receive']\n[]\n"
 
 
 @pytest.mark.parametrize("rule", RULES)
