@@ -72,6 +72,22 @@ def one_more(address: str, end: int = signal.SIGTERM, /, **constants: float) -> 
         server.end()
 
 
+def suspend(server: Server) -> None:
+    """Suspend a server, and wait until it is."""
+    server.ask_to_end(signal.SIGSTOP)
+    tasks = Path(f"/proc/{server.pid}/task")
+    stats = [task / "stat" for task in tasks.iterdir()]
+    wait_until(lambda: all(_state(stat) in "T" for stat in stats), "it to be suspended")
+
+
+def _state(stat: Path) -> str:
+    """Return the state of a thread; T, also for one that has ended by now."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "T"
+
+
 def wait_for_place(port: int, answer: str) -> Peer:
     """Return a peer who has come back to a place, when there is one who can give it."""
     peer = Peer(port).introduce(answer)
@@ -219,7 +235,7 @@ def test_a_suspended_server_begins_anew(database: str) -> None:
         bob = Peer(two.port).introduce(f"bob -0+0 {KEY}")
         bob.expect_match("-> Welcome, bob!.*")
         alice.expect("* dave joined the chat", "* bob joined the chat")
-        two.ask_to_end(signal.SIGSTOP)
+        suspend(two)
         bob.send("said to a server that is over")
         try:
             alice.expect("* dave left the chat")
@@ -633,7 +649,7 @@ def test_talk_goes_on_while_servers_are_suspended(database: str, chance: random.
             ghost = Peer(victim.port).join("ghost")
             for _ in range(60):
                 talkers.talk(chance)
-            victim.ask_to_end(signal.SIGSTOP)
+            suspend(victim)
             talkers.lead(victim.port, running[0].port)
             for _ in range(60):
                 talkers.talk(chance)
