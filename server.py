@@ -3592,8 +3592,8 @@ class Database:
         self.execute("SET synchronous_commit = on", seconds=seconds)
         self.execute("SET default_transaction_isolation = 'read committed'", seconds=seconds)
 
-    def stay_connected(self, seconds: float) -> None:
-        """Try each host once again; return when one answers; raise `Away`."""
+    def reach(self, seconds: float) -> None:
+        """Connect to the next host that answers, each tried once; raise `Away`."""
         for left in reversed(range(self.hosts)):
             try:
                 self.connect(seconds)
@@ -3789,7 +3789,7 @@ READ_ROWS = "SELECT number, time, server, batch, entries FROM"
 def prepare(database: Database, fmt: str) -> None:
     """Make the tables if they are not there; raise `HistoryError` if they are not ours."""
     try:
-        database.stay_connected(CONNECT)
+        database.reach(CONNECT)
         if database.version < 150_000:
             raise HistoryError(f"{database.shown} is older than PostgreSQL 15; use a newer one")
         if database.execute("SELECT pg_backend_pid()") != [(database.process,)]:
@@ -3976,7 +3976,7 @@ def _ask(database: Database, statement: str, *values: object) -> list[tuple[str,
         return database.execute(statement, *values)
     except Away:
         try:
-            database.stay_connected(CONNECT)
+            database.reach(CONNECT)
             return database.execute(statement, *values)
         except Away:
             database.close()

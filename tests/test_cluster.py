@@ -502,6 +502,34 @@ def test_what_cannot_be_the_history_is_refused_in_one_line(
     assert "hunter2" not in secret
 
 
+def test_a_wrong_password_is_refused_in_one_line(
+    cluster: Postgres, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's own file of passwords is asked, and what it has is shown nowhere."""
+    name = database.rpartition("/")[2]
+    cluster.sql(f"CREATE ROLE guest LOGIN PASSWORD 'right'; GRANT ALL ON DATABASE {name} TO guest")
+    rules = cluster.folder / "data" / "pg_hba.conf"
+    before = rules.read_text()
+    rules.write_text(f"host all guest 127.0.0.1/32 scram-sha-256\n{before}")
+    cluster.sql("SELECT pg_reload_conf()")
+    passwords = tmp_path / "passwords"
+    monkeypatch.setenv("PGPASSFILE", str(passwords))
+    address = database.replace("chat@", "guest@")
+    try:
+        passwords.write_text("*:*:*:guest:wrong-one\n")
+        passwords.chmod(0o600)
+        log = refused(address)
+        assert 'password authentication failed for user "guest"; see that' in log
+        assert "wrong-one" not in log
+        passwords.write_text("*:*:*:guest:right\n")
+        with servers(address, 1) as (one,):
+            Peer(one.port).join("alice")
+    finally:
+        rules.write_text(before)
+        cluster.sql("SELECT pg_reload_conf()")
+        cluster.sql("DROP OWNED BY guest CASCADE; DROP ROLE guest", name)
+
+
 def test_another_version_ends_a_running_server(cluster: Postgres, database: str) -> None:
     """A server whose rules are not the log's any more ends with one clear line."""
     server = Server("--history", database)

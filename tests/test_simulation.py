@@ -941,6 +941,30 @@ with server.ChatServer(port=0):
 """
 
 
+WITHOUT_DRIVER = """
+import sys
+sys.path.insert(0, {folder!r})
+sys.modules["psycopg"] = None
+import server
+sys.exit(server.main(["--port", "0", "--history", "postgresql://127.0.0.1/chat"]))
+"""
+
+
+def test_a_driver_that_is_not_installed_is_named() -> None:
+    """A shared history without its driver is refused in one line that says what to do."""
+    folder = str(Path(program.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DRIVER.format(folder=folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE,
+    )
+    remedy = "pip install 'psycopg[binary]'"
+    assert done.stderr == f"server.py: a history in PostgreSQL needs psycopg: {remedy}\n"
+    assert done.returncode == 1
+
+
 def test_a_server_alone_has_no_more_than_it_needs() -> None:
     """Without a shared history there is no thread and no import for it."""
     folder = str(Path(program.__file__).parent)
