@@ -11,19 +11,32 @@ or, from Python, a bot::
                 chat.send(time.ctime())
 
 Two threads: `ChatClient.receive` alone touches the connection, and `write` reads
-what the user types and leaves it in a queue for `receive` to send.  Each line in
-that queue stays there until the room has broadcast it, so a connection that
-breaks loses nothing and says nothing twice.
+what the user types and leaves it in `Outgoing` for `receive` to send.  Each line
+stays there until the room has broadcast it, so a connection that breaks loses
+nothing and says nothing twice.
+
+Four things live for as long as their names say, and nothing in them is ever set
+back: the lines that are `Outgoing`, our `Place` in the room, an `Absence` from it
+and a `Session`, which is one connection.  `ChatClient` has one of each.
 """
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - this is for who runs it with an older one
+    needed = "client.py: this needs Python 3.11 or newer, and is run by {}.{}"
+    sys.exit(needed.format(*sys.version_info))
+
 import _thread
 import abc
 import argparse
+import calendar
 import contextlib
 import enum
+import errno
 import io
+import math
 import os
 import random
 import re
@@ -31,7 +44,6 @@ import selectors
 import signal
 import socket
 import ssl
-import sys
 import threading
 import time
 import unicodedata
@@ -39,7 +51,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 try:
     import termios
@@ -47,9 +59,21 @@ except ImportError:  # Windows has its own kind of terminal
     termios = None  # type: ignore[assignment]
 
 import protocol
-from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsConnection, Waker
+from protocol import (
+    Connection,
+    Event,
+    Framer,
+    Introduction,
+    Kind,
+    Line,
+    Refusal,
+    TlsConnection,
+    Waker,
+)
 
 if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import Application
     from prompt_toolkit.completion import Completer
     from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
@@ -59,11 +83,23 @@ CONNECT_TIMEOUT = 10.0  # seconds for the connection, and again for being let in
 RETRY_FIRST = 0.5  # seconds before the first try to come back
 RETRY_MAX = 30.0  # seconds between tries at the most
 LEAVE_TIMEOUT = 3.0  # seconds for the server to say goodbye
+PATIENCE = 10.0  # seconds until a server that is silent, or has us wait, is spoken of
+CATCH_UP_TIMEOUT = 30.0  # seconds of silence in which a server that let us in tells nothing
 MAX_WAITING = 10_000  # lines not yet broadcast; with more, `send` waits
+MAX_WRITERS = 100  # names of who wrote to us alone
+MAX_HELD = 1000  # lines of a replay that are kept until it is complete; it may have no end
+MAX_POSITION = 10**protocol.MAX_POSITION_DIGITS - 1  # more than that no server takes
 MAX_TEXT = protocol.MAX_LINE - protocol.MAX_NAME - 2  # bytes, so that any name fits before it
 SEND_AHEAD = 16 * 1024  # bytes given to the socket at once
 # By which `receive` tells the main thread that it is over; SIGTERM may be ignored.
 ENDED = getattr(signal, "SIGUSR2", signal.SIGTERM)
+EXITS = ("exit", "quit", ":q")  # how other programs are left
+INTERRUPT_AGAIN = 2.0  # seconds in which a second Ctrl-C leaves
+MAX_STOPS = 1000  # in the background; without a shell to go on in, nothing stops
+# To the left edge, and nothing from there on: prompt_toolkit has gone to the row where its
+# prompt begins, but so many columns to the left as it believes that the text has.
+CLEAR_ROW = "\r\x1b[J"
+HOW_TO_LEAVE = "Ctrl-C again, Ctrl-D or /quit leaves"
 
 
 # --- What happens ------------------------------------------------------------
@@ -99,6 +135,34 @@ class Notice(NamedTuple):
         return f"-- {self.text} --"
 
 
+def count_lines(count: int) -> str:
+    """Return how many lines, in words."""
+    return f"{count} line{'' if count == 1 else 's'}"
+
+
+class Mark(Notice):
+    """Stands between what was said earlier and what is said now."""
+
+
+BEFORE = Mark("above: said before you came")
+WHILE_AWAY = Mark("above: said while you were away")
+
+
+class Heard(Line):
+    """A line from the server."""
+
+    earlier = False  # said before we came, or while we were away
+
+
+class Earlier(Heard):
+    """A line that was said before we came, or while we were away."""
+
+    earlier = True
+
+
+# --- What is on its way ------------------------------------------------------
+
+
 class Typed(NamedTuple):
     """A line on its way to the room."""
 
@@ -120,10 +184,251 @@ def typed(text: str) -> Typed:
     return Typed(text, verb, None)
 
 
+# Also with a slip before it, and on any line of several; a word alone may be a name.
+SECRET = re.compile(r"\s*(?:/+op\s+\S.*|op\s+\S+\s*)", re.IGNORECASE)
+
+
 def discreet(text: str) -> str:
     """Return what was typed without the password that may be in it."""
-    verb, argument = protocol.command(text) or ("", "")
-    return "/op ..." if verb == "op" and argument else text
+    lines = text.split("\n")
+    return "\n".join("/op ..." if SECRET.fullmatch(line) else line for line in lines)
+
+
+class Outgoing:
+    """The lines on their way: nothing that was typed is lost, and nothing is said twice.
+
+    A line waits, is sent, and is done with when it has its receipt: a text when
+    the room says it, under the name that it was sent with; a command when it is
+    answered; either when it is refused.  The server answers in the order in which
+    it was asked, so an answer belongs to the oldest line that has none.
+
+    After a loss we hear what the room has said meanwhile.  What is in there has
+    its receipt.  Heard without a gap, a text that is not in there never will be,
+    for the server takes nothing more from the old connection: it is sent again,
+    before all that waits.  With a gap nobody can know: it is given up, and its
+    author told.  A command is never sent again.
+
+    Nothing is sent behind a ``/nick`` until its answer tells the name by which the
+    next receipt is known.  Any thread may call, and `send` and `flush` wait here.
+    """
+
+    def __init__(self) -> None:
+        # Guards all below; notified when a line is done with, and at the end.
+        self._changed = threading.Condition()
+        self._waiting: deque[Typed] = deque()  # not sent yet
+        self._sent: deque[Typed] = deque()  # without a receipt
+        self._ended = False  # nobody waits any more
+
+    def add(self, item: Typed) -> None:
+        """Let a line wait; the caller waits too while there are `MAX_WAITING`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._count() < MAX_WAITING)
+            self._waiting.append(item)
+
+    def wait_for_receipts(self) -> None:
+        """Wait until every line has its receipt, or `end`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or not self._count())
+
+    def end(self) -> None:
+        """Let nobody wait any more."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def take(self, name: str) -> Typed | None:
+        """Return the next line to be sent, under this name, when there is one and it may."""
+        with self._changed:
+            if not self._waiting or (self._sent and self._sent[-1].verb == "nick"):
+                return None
+            self._sent.append(self._waiting.popleft()._replace(name=name))
+            return self._sent[-1]
+
+    def new_name(self) -> str:
+        """Return the name in a ``/nick`` that was sent and not answered, or nothing."""
+        with self._changed:
+            last = self._sent[-1] if self._sent else None
+            return _new_name(last.text) if last and last.verb == "nick" else ""
+
+    def take_new_name(self) -> str:
+        """Return the name in a ``/nick`` that waits, which is done with then, or nothing."""
+        with self._changed:
+            for item in self._waiting:
+                if item.verb == "nick":
+                    self._waiting.remove(item)
+                    return _new_name(item.text)
+        return ""
+
+    def confirm(self, line: Line) -> bool:
+        """Take a line of the room as the receipt of a text; say whether it is one."""
+        with self._changed:
+            for item in self._sent:
+                if (item.echo, item.name) == ((line.kind, line.text), line.name):
+                    self._sent.remove(item)
+                    self._changed.notify_all()
+                    return True
+        return False
+
+    def answer(self, text: str) -> Typed | None:
+        """Return the line that an answer is to, which is done with, or None."""
+        with self._changed:
+            if not self._sent:
+                return None
+            oldest = self._sent[0]
+            if not _may_answer(text, oldest):
+                return None
+            self._changed.notify_all()
+            return self._sent.popleft()
+
+    def resume(self, *, unbroken: bool) -> list[Typed]:
+        """Go on after a loss; return the commands that had no answer.
+
+        `unbroken` says that all was heard that the room has said meanwhile.
+        """
+        with self._changed:
+            commands = [item for item in self._sent if item.echo is None]
+            self._sent = deque(item for item in self._sent if item.echo)
+            if unbroken:
+                self._waiting.extendleft(reversed(self._sent))
+                self._sent.clear()
+            self._changed.notify_all()
+        return commands
+
+    def give_up(self) -> list[Typed]:
+        """Return the texts whose receipts are not to be had any more; they are done with."""
+        with self._changed:
+            doubtful = [item for item in self._sent if item.echo]
+            self._sent = deque(item for item in self._sent if not item.echo)
+            self._changed.notify_all()
+        return doubtful
+
+    def unsent(self) -> list[str]:
+        """Return what waits as it was typed."""
+        with self._changed:
+            return [item.text for item in self._waiting]
+
+    def count(self) -> int:
+        """Return how many lines have no receipt."""
+        with self._changed:
+            return self._count()
+
+    def is_quiet(self) -> bool:
+        """Tell whether nothing that was sent is without its receipt."""
+        with self._changed:
+            return not self._sent
+
+    def _count(self) -> int:
+        return len(self._waiting) + len(self._sent)
+
+
+def _may_answer(text: str, item: Typed) -> bool:
+    """Tell whether an answer may be the first one to a line."""
+    if item.verb and text == protocol.unknown_command(item.verb):
+        return True  # an old server does not know it
+    return protocol.may_answer(text, "" if item.echo else item.verb)
+
+
+def _new_name(text: str) -> str:
+    """Return the name in a ``/nick NAME``."""
+    return text.partition(" ")[2].strip()
+
+
+# --- Who and where we are ----------------------------------------------------
+
+
+class Place:
+    """Our place in the room; its connections come and go.
+
+    Only the thread that runs `ChatClient.receive` changes it; others read.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = protocol.check_name(name)
+        self.key = os.urandom(16).hex()  # takes our place back from a connection that is lost
+        self.position: int | None = None  # of the next line of the room
+        self.whispers = 0  # private lines that came, since the key was first shown
+        self.counts = True  # the server counts them too, as far as we know
+        self.present: list[str] = []  # the names here, who spoke last first
+        self.writers: list[str] = []  # who wrote to us alone, the last first
+
+    def introduction(self, name: str) -> Introduction:
+        """Return the answer to ``NICK`` with which we come, or come back, under a name."""
+        if self.position is None or self.position > MAX_POSITION:
+            return Introduction(name, key=self.key)
+        whispers = self.whispers if self.counts else None
+        return Introduction(name, self.position, key=self.key, whispers=whispers)
+
+    def follow(self, line: Line) -> None:
+        """Go on behind a line of the room, and keep track of who is here."""
+        self.skip(1)
+        if line.name:
+            self._move(line.name, line.name)
+        elif news := protocol.announcement(str(line)):
+            to = {Event.JOINED: news.name, Event.RENAMED: news.new}
+            self._move(news.name, to.get(news.event, ""))
+
+    def skip(self, count: int) -> None:
+        """Go on behind so many lines of the room."""
+        if self.position is not None:
+            self.position += count
+
+    def hear_whisper(self, name: str) -> None:
+        """Count a private line, and remember who wrote it."""
+        self.whispers += 1
+        self.writers = [name, *(other for other in self.writers if other != name)][:MAX_WRITERS]
+
+    def see(self, names: list[str]) -> None:
+        """Take these as the names here, in the order that we know."""
+        known = [name for name in self.present if name in names]
+        self.present = known + [name for name in names if name not in known]
+
+    def is_own(self, line: Line) -> bool:
+        """Tell whether a line only says that we came or went."""
+        return str(line) in (protocol.joined(self.name), protocol.left(self.name))
+
+    def _move(self, name: str, to: str) -> None:
+        self.present = [to] * bool(to) + [
+            other for other in self.present if other not in (name, to)
+        ]
+        self.writers = [to if other == name else other for other in self.writers]
+
+
+class Absence:
+    """The time until we are settled, by however many tries: before we came, or after a loss.
+
+    Touched only by the thread that runs `ChatClient.receive`; `next_try` is read by others.
+    """
+
+    def __init__(self, since: float, *, first: bool = False) -> None:
+        self.since = since  # when we last heard the server, in `time.monotonic` seconds
+        self.first = first  # we have not been here before
+        self.next_try = since
+        self.lines: deque[Heard] = deque()  # what came, until it is complete
+        self.skipped = 0  # lines of the room that are not among it, as the server said
+        self.unbroken = True  # as far as we know, nothing else is lacking
+        self.overflowed = False  # so much came that it is shown without being complete
+        self.told = ""  # the last reason why we are not let in
+
+    def heading(self, place: Place) -> Notice:
+        """Tell how long it was and how much was missed."""
+        missed = f", more than {len(self.lines)} lines missed"
+        if not self.overflowed:
+            count = self.skipped + sum(
+                line.in_room and not place.is_own(line) for line in self.lines
+            )
+            missed = f", {count_lines(count)} missed" if count else ""
+        return Notice(f"back after {time.monotonic() - self.since:.0f} s{missed}")
+
+    def split(self, place: Place) -> tuple[list[Earlier], list[Heard]]:
+        """Return what was said before we came, or came back, and what since."""
+        lines = list(self.lines)
+        entrance = protocol.joined(place.name)
+        ours = [at for at, line in enumerate(lines) if str(line) == entrance]
+        at = ours[-1] if ours else len(lines)
+        return [Earlier(*line) for line in lines[:at]], lines[at:]
+
+
+# --- One connection ----------------------------------------------------------
 
 
 class State(enum.Enum):
@@ -134,14 +439,280 @@ class State(enum.Enum):
     SETTLED = enum.auto()  # hearing and saying
 
 
+class RollCall:
+    """The answer to our own ``/names``, which may come in several lines."""
+
+    def __init__(self, count: int) -> None:
+        self.names: list[str] = []
+        self._due = min(count, protocol.LISTED_NAMES)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all names have come, or the last line that tells how many others there are."""
+        return self._due <= 0
+
+    def take(self, text: str) -> bool:
+        """Take the names in one line of the answer; say whether it is one."""
+        names, is_last = protocol.listed(text)
+        try:
+            for name in names:
+                protocol.check_name(name)
+        except Refusal:
+            self._due = 0  # the answer has ended, whatever its beginning said
+            return False
+        self.names += names
+        self._due = 0 if is_last else self._due - max(1, len(names))
+        return True
+
+
+class Session:
+    """One connection to the server, from being dialled to being closed.
+
+    Only the thread that made it touches it, but for `shutdown`; others read `state`
+    and `progress`.  Times are `time.monotonic` seconds.
+    """
+
+    def __init__(self, connection: Connection, waker: Waker, fmt: str, names: list[str]) -> None:
+        self.state = State.AT_THE_DOOR
+        self.names = names  # to be given, the first of them now
+        self.introduced = False  # it is given
+        self.password_given = False
+        self.reason = ""  # what the server last had to say at the door
+        self.roll_call: RollCall | None = None  # as soon as its first line has come
+        self.heard = time.monotonic()  # when bytes last came
+        self.progress = self.heard  # when a receipt last came, or a line was sent and none was due
+        self.silence_told = 0.0  # the `heard` of the last silence that we spoke of
+        self.waits_since: float | None = None  # the server said that the room is waiting
+        self.foreign: bool | None = None  # a line was of another format; False: it is told
+        self._fmt = fmt
+        self._connection = connection
+        self._framer = Framer(protocol.MAX_SERVER_LINE)
+        self._unsent = b""
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(waker, selectors.EVENT_READ)
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether more should be said now: not much has still to be sent."""
+        return len(self._unsent) < SEND_AHEAD
+
+    def say(self, line: bytes) -> None:
+        """Let a line be sent by `exchange`."""
+        self._unsent += line
+
+    def exchange(self, deadline: float | None = None) -> list[Heard]:
+        """Send, wait for something to happen, or for the deadline, and return what came.
+
+        Raise `OSError` when the connection has ended.
+        """
+        self._unsent = self._unsent[self._connection.send(self._unsent) :]
+        writing = selectors.EVENT_WRITE if self._unsent else 0
+        self._selector.modify(self._connection, selectors.EVENT_READ | writing)
+        self._selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        data = self._connection.receive_now()
+        if data == b"":
+            raise ConnectionError("the server closed the connection")
+        if self._framer.overrun:
+            raise ConnectionError("the server sends no lines")
+        if data:
+            self.heard = time.monotonic()
+        return [self._line(line) for line in self._framer.feed(data or b"")]
+
+    def _line(self, line: bytes) -> Heard:
+        if self.foreign is None and self._fmt == "ascii" and not line.isascii():
+            with contextlib.suppress(UnicodeDecodeError):
+                self.foreign = bool(line.decode("utf-8"))
+        text = protocol.escape(line[: protocol.MAX_SERVER_LINE], self._fmt)
+        return Heard(*protocol.parse(text))
+
+    def say_goodbye(self) -> None:
+        """Send what is left and ``/quit``, as far as the socket takes it at once."""
+        # Before we are settled, Ctrl-C may have come just when what is left had been sent.
+        left = self._unsent if self.state is State.SETTLED else b""
+        with contextlib.suppress(OSError):
+            self._connection.send(left + protocol.encode("/quit"))
+
+    def shutdown(self) -> None:
+        """Break the connection off, from any thread."""
+        self._connection.shutdown()
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._selector.close()
+        self._connection.close()
+
+
+# A host and a port, where the host is in brackets if it has colons of its own.
+_ADDRESS = re.compile(r"(?:\[(?P<inside>[^]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[^:]*))?")
+
+
+def addresses(text: str, port: int) -> list[tuple[str, int]]:
+    """Return host and port of each server in ``a,b:1234,[::1]:1234``; raise `Refusal`."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = _ADDRESS.fullmatch(part)
+        host = match["inside"] or match["host"] if match else part
+        given = match["port"] if match else None
+        try:
+            found.append((host, port if given is None else protocol.port(given)))
+        except argparse.ArgumentTypeError as error:
+            raise Refusal(str(error)) from None
+    if not all(host for host, _ in found) or not found:
+        raise Refusal(f"{text!r} names no host; give --host HOST, or HOST:PORT, or several: A,B")
+    return found
+
+
+class Entrance:
+    """Where the room is entered, which may be at several servers, and what has to be shown there.
+
+    Touched by who calls `ChatClient.connect`, and read by others.
+    """
+
+    def __init__(
+        self,
+        servers: list[tuple[str, int]],
+        password: str | None,
+        tls: ssl.SSLContext | None,
+        fingerprint: str,
+    ) -> None:
+        self.servers = servers
+        self.turn = 0  # which of them is tried next, or is the one that we are at
+        self.password = password
+        self.tls = tls
+        self.fingerprint = fingerprint  # the certificate's, when no authority vouches for it
+
+    def __str__(self) -> str:
+        host, port = self.servers[self.turn]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def turn_to_next(self) -> bool:
+        """Go to the next server; say whether that is the first again."""
+        self.turn = (self.turn + 1) % len(self.servers)
+        return self.turn == 0
+
+    def dial(self, waker: Waker, leaving: threading.Event) -> Connection:
+        """Connect to the server and, where it is wanted, make sure that it is the right one.
+
+        Raise `OSError` where that fails, also when we are to leave meanwhile.
+        """
+        host, port = self.servers[self.turn]
+        sock = _reach(host, port, waker, leaving)
+        if self.tls is None:
+            return Connection(sock)
+        connection = TlsConnection(sock, self.tls, host)
+        try:
+            connection.shake_hands(time.monotonic() + CONNECT_TIMEOUT)
+            seen = protocol.fingerprint(connection.certificate())
+            if self.fingerprint and seen != self.fingerprint:
+                raise Refused(f"the certificate's fingerprint is {seen}; it is not the one given")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _reach(host: str, port: int, waker: Waker, leaving: threading.Event) -> socket.socket:
+    """Return a socket that is connected to one of a host's addresses, the first that answers."""
+    failure = OSError(f"{host} has no address")
+    for family, kind, number, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        try:
+            sock = socket.socket(family, kind, number)
+        except OSError as error:  # a family that the system does not have
+            failure = error
+            continue
+        try:
+            sock.setblocking(False)
+            code = sock.connect_ex(address)
+            if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+                code = _result(sock, waker, leaving)
+            if not code:
+                return sock
+            failure = OSError(code, os.strerror(code))
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+    raise failure
+
+
+def _result(sock: socket.socket, waker: Waker, leaving: threading.Event) -> int:
+    """Wait for a connection to be made; return 0 or the number of the error."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_WRITE)
+        selector.register(waker, selectors.EVENT_READ)
+        while not leaving.is_set():
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return errno.ETIMEDOUT
+            if any(key.fileobj is sock for key, _ in ready):
+                return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            waker.clear()  # what was typed is looked at when we are in
+    return errno.ECANCELED
+
+
 # --- The conversation --------------------------------------------------------
 
 
-class ChatClient:
-    """A place in the room that survives its connections.
+class Inbox:
+    """The lines for a program that iterates; any thread may call."""
 
-    Iterating gives each `Line` that comes.  `show`, when given, is called with
-    each `Line` and `Notice` instead, in the thread of `receive`.
+    def __init__(self) -> None:
+        # Guards all below; notified whenever any of it changes.
+        self._changed = threading.Condition()
+        self._lines: deque[Heard] = deque()
+        self._is_read = False  # somebody iterates
+        self._ended = False  # no more lines come, and nobody waits
+
+    def put(self, item: Heard | Notice) -> None:
+        """Keep a line: wait for a slow reader, forget the oldest if there is none."""
+        if isinstance(item, Notice):
+            return
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._ended or len(self._lines) < MAX_WAITING or not self._is_read
+            )
+            if len(self._lines) >= MAX_WAITING:
+                self._lines.popleft()
+            self._lines.append(item)
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let the reader end when it has read all."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Heard]:
+        self._set_read(True)
+        try:
+            while (line := self._take()) is not None:
+                yield line
+        finally:
+            self._set_read(False)
+
+    def _take(self) -> Heard | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._ended)
+            self._changed.notify_all()
+            return self._lines.popleft() if self._lines else None
+
+    def _set_read(self, is_read: bool) -> None:
+        with self._changed:
+            self._is_read = is_read
+            self._changed.notify_all()
+
+
+class ChatClient:
+    """A conversation that survives its connections.
+
+    Iterating gives each `Heard` line that is said from joining on; with `earlier` also
+    those before, which say so of themselves.  Lines that were said while the connection
+    was lost are given, and say so too.  `show`, when given, is called with all lines and
+    with each `Notice` instead, in the thread of `receive`.  `host` may name several
+    servers of one room, as ``a,b:1234,[::1]:1234``.  When none of them has let us back
+    in for `give_up` seconds, the conversation ends.
     """
 
     def __init__(
@@ -154,49 +725,28 @@ class ChatClient:
         password: str | None = None,
         tls: ssl.SSLContext | None = None,
         fingerprint: str = "",
-        show: Callable[[Line | Notice], None] | None = None,
+        show: Callable[[Heard | Notice], None] | None = None,
         ended: Callable[[], None] = lambda: None,
+        earlier: bool = False,
+        give_up: float = math.inf,
     ) -> None:
-        self.name = protocol.check_name(name)
-        self.host = host
-        self.port = port
+        self.entrance = Entrance(addresses(host, port), password, tls, fingerprint)
         self.fmt = fmt
-        self.password = password
-        self.tls = tls
-        self.fingerprint = fingerprint  # the certificate's, when no authority vouches for it
-        self.key = os.urandom(16).hex()  # takes our place back from a connection that is lost
-        self.position: int | None = None  # of the next line of the room
-        self.present: list[str] = []  # the names here, who spoke last first
-        self.live = False  # what comes is said now, and not from before our time
+        self.place = Place(name)
+        self.outgoing = Outgoing()
+        self._inbox = Inbox()
+        self._show_to = show or self._inbox.put
+        self._wants_earlier = earlier or show is not None
+        self._give_up_after = give_up
+        self._ended = ended
+        self._leaving = threading.Event()  # we want to go, or cannot stay
+        self._waker = Waker()  # of `receive`, when something waits to be sent
+        self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
+        # From here on, what only the thread that runs `receive` changes; others read.
         self.failed = 0  # lines that were not broadcast, as far as we know
         self.reason = ""  # why the conversation ended, when nobody here wanted it to
-        self._show_to = show or self._collect
-        self._ended = ended
-        self._leaving = threading.Event()
-        self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
-        # Guards the queues below; notified when one of them changes or the conversation ends.
-        self._queues = threading.Condition()
-        self._waiting: deque[Typed] = deque()  # not sent yet
-        self._unconfirmed: deque[Typed] = deque()  # sent, without a receipt
-        self._heard: deque[Line] = deque()  # for who iterates
-        self._iterated = False  # somebody does
-        # From here on, what only the thread that runs `receive` touches:
-        self._waker = Waker()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._waker, selectors.EVENT_READ)
-        self._connection: Connection | None = None
-        self._framer = Framer()
-        self._unsent = b""
-        self._state = State.AT_THE_DOOR
-        self._introduced = False  # our name is given
-        self._password_given = False
-        self._unbroken = True  # no line of the room was skipped since we were settled
-        self._names: list[str] = []  # in the answer to our own /names, as far as it came
-        self._names_due = 0  # names still to come in the answer to our own /names
-        self._replay: list[Line] | None = None  # what we missed, until it is complete
-        self._skipped = 0  # lines that the replay has not, as the server said
-        self._lost_at = 0.0
-        self._next_try = 0.0
+        self._session: Session | None = None
+        self._absence: Absence | None = Absence(time.monotonic(), first=True)
 
     # Verbs.
 
@@ -219,35 +769,29 @@ class ChatClient:
             self.flush()
         self.leave()
 
-    def __iter__(self) -> Iterator[Line]:
-        self._iterated = True
-        try:
-            while (line := self._next_heard()) is not None:
-                yield line
-        finally:
-            self._iterated = False
-            with self._queues:
-                self._queues.notify_all()
+    def __iter__(self) -> Iterator[Heard]:
+        return iter(self._inbox)
 
     def connect(self) -> None:
-        """Connect and be let in.
+        """Connect to the server whose turn it is, and be let in.
 
         Raise `OSError` when nobody answers, `NameRefused` or `PasswordRefused` when
         another one would do and `Refused` when nothing would.
         """
-        self._connection = self._dial()
-        self._framer = Framer(protocol.MAX_SERVER_LINE)
-        self._unsent, self.reason = b"", ""
-        self._state, self._introduced, self._password_given = State.AT_THE_DOOR, False, False
-        self._selector.register(self._connection, selectors.EVENT_READ)
-        if self.position is not None and self._replay is None:
-            self._replay = []
+        connection = self.entrance.dial(self._waker, self._leaving)
+        # The answer to a /nick may be lost: then a ghost of ours may have that name.
+        names = [*filter(None, [self.outgoing.new_name()]), self.name]
+        self._session = Session(connection, self._waker, self.fmt, names)
         deadline = time.monotonic() + CONNECT_TIMEOUT
         try:
-            while self._state is State.AT_THE_DOOR:
+            while self.away:
+                if self._leaving.is_set():
+                    raise ConnectionAbortedError("we leave")
+                if time.monotonic() >= deadline:
+                    raise TimeoutError("no answer came")
                 self._exchange(deadline)
         except BaseException:
-            self._disconnect()
+            self._say_goodbye()
             raise
 
     def start(self) -> None:
@@ -260,21 +804,22 @@ class ChatClient:
             while not self._leaving.is_set():
                 try:
                     while True:
-                        self._exchange()
+                        self._exchange(self._next_look())
+                        self._look_at_server()
                 except OSError:
-                    if self._replay is None:  # and not on the way back already
-                        self._lost_at = time.monotonic()
                     self._disconnect()
                 if not self._leaving.is_set():
                     self._come_back()
         except (Refused, OutputClosed) as error:
             self.reason = str(error)
         finally:
-            self._disconnect()
+            self._say_goodbye()
+            with contextlib.suppress(OutputClosed):
+                self._show_held(self._absence)
             left_of_itself = not self._leaving.is_set()
             self._leaving.set()
-            with self._queues:
-                self._queues.notify_all()
+            self.outgoing.end()
+            self._inbox.end()
             if left_of_itself:
                 self._ended()
 
@@ -288,435 +833,566 @@ class ChatClient:
             return
         self._encode(item.text)
         if item.verb == "nick":
-            protocol.check_name(item.text.partition(" ")[2].strip())
-        with self._queues:
-            self._queues.wait_for(lambda: self._leaving.is_set() or self._pending() < MAX_WAITING)
-            self._waiting.append(item)
+            protocol.check_name(_new_name(item.text))
+        self.outgoing.add(item)
         self._waker.wake()
 
     def flush(self) -> None:
         """Wait until every line has its receipt, or the conversation has ended."""
-        with self._queues:
-            self._queues.wait_for(lambda: self._leaving.is_set() or not self._pending())
+        self.outgoing.wait_for_receipts()
 
     def leave(self) -> list[str]:
         """Say goodbye and end the conversation; return what was typed and never sent."""
         if not self._leaving.is_set():
-            with self._queues:
-                self._waiting.append(typed("/quit"))
+            self.outgoing.end()
+            self.outgoing.add(typed("/quit"))
             self._leaving.set()
             self._waker.wake()
         self._receiver.join(LEAVE_TIMEOUT)
-        if self._receiver.is_alive():
-            self._cut()
+        if session := self._session:
+            session.shutdown()
             self._receiver.join(LEAVE_TIMEOUT)
         self.close()
         self._give_up_receipts()
-        return [item.text for item in self._waiting if item.verb != "quit"]
+        return [text for text in self.outgoing.unsent() if typed(text).verb != "quit"]
+
+    @property
+    def name(self) -> str:
+        """Our name in the room."""
+        return self.place.name
+
+    @property
+    def present(self) -> list[str]:
+        """The names here, who spoke last first."""
+        return self.place.present
 
     @property
     def settled(self) -> bool:
         """Whether what was said before is heard, and what is typed goes out."""
-        return self._state is State.SETTLED
+        session = self._session
+        return session is not None and session.state is State.SETTLED
 
     @property
     def away(self) -> bool:
-        """Whether there is no connection."""
-        return self._state is State.AT_THE_DOOR
+        """Whether we are not in the room: there is no connection, or it is still at the door."""
+        session = self._session
+        return session is None or session.state is State.AT_THE_DOOR
 
     @property
     def status(self) -> str:
         """The state of the connection in a few words."""
-        if not self.away:
-            return "connected"
-        return f"next try in {max(0.0, self._next_try - time.monotonic()):.0f} s"
-
-    def wait(self) -> None:
-        """Wait until the conversation has ended."""
-        self._receiver.join()
+        absence, session = self._absence, self._session
+        if session is not None and session.state is not State.AT_THE_DOOR:
+            waiting = self.outgoing.count()
+            if not waiting or time.monotonic() - session.progress < 1.0:
+                return "connected"
+            return f"connected, {count_lines(waiting)} waiting"
+        wait = absence.next_try - time.monotonic() if absence else 0.0
+        return f"next try in {max(0.0, wait):.0f} s"
 
     def close(self) -> None:
         """Give back what is held for connections; `leave` does it too."""
-        self._selector.close()
-        self._waker.close()
+        if not self._receiver.is_alive():  # else it asks for an address, and ends with the program
+            self._say_goodbye()
+            self._waker.close()
 
-    def _pending(self) -> int:
-        """Return how many lines have no receipt yet."""
-        return len(self._waiting) + len(self._unconfirmed)
+    # What follows runs in the thread of `receive`, but for the first connect.
 
-    # The connection.
-
-    def _dial(self) -> Connection:
-        """Connect to the server and, where it is wanted, make sure that it is the right one."""
-        deadline = time.monotonic() + CONNECT_TIMEOUT
-        sock = socket.create_connection((self.host, self.port), CONNECT_TIMEOUT)
-        if self.tls is None:
-            return Connection(sock)
-        connection = TlsConnection(sock, self.tls, self.host)
-        try:
-            connection.shake_hands(deadline)
-            seen = protocol.fingerprint(connection.certificate())
-            if self.fingerprint and seen != self.fingerprint:
-                raise Refused(f"the certificate's fingerprint is {seen}; it is not the one given")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _exchange(self, deadline: float | None = None) -> None:
-        """Wait for bytes or for something to send, and deal with it."""
-        connection = self._connection
-        assert connection is not None
+    def _exchange(self, deadline: float | None) -> None:
+        """Wait for lines, or for something to send, or for the deadline, and deal with it."""
+        session = self._session
+        assert session is not None
         self._waker.clear()
-        self._take_waiting()
-        self._unsent = self._unsent[connection.send(self._unsent) :]
-        writing = selectors.EVENT_WRITE if self._unsent else 0
-        self._selector.modify(connection, selectors.EVENT_READ | writing)
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not self._selector.select(timeout) or timeout == 0.0:
-            raise TimeoutError("no answer came")
-        data = connection.receive_now()
-        if data == b"":
-            raise ConnectionError("the server closed the connection")
-        if self._framer.overrun:
-            raise ConnectionError("the server sends no lines")
-        for line in self._framer.feed(data or b""):
-            shown = protocol.escape(line[: protocol.MAX_SERVER_LINE], self.fmt)
-            self._hear(protocol.parse(shown))
+        while session.state is State.SETTLED and session.takes_more:
+            if self.outgoing.is_quiet():
+                session.progress = time.monotonic()
+            item = self.outgoing.take(self.name)
+            if item is None:
+                break
+            session.say(self._encode(item.text))
+        for line in session.exchange(deadline):
+            if session.state is State.AT_THE_DOOR:
+                self._hear_at_door(line, session)
+            else:
+                self._hear(line, session)
+        if session.foreign:
+            session.foreign = False
+            self._show(Notice("the room has letters that ASCII has not; --format utf-8 shows them"))
 
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._selector.unregister(self._connection)
-            self._connection.close()
-            self._connection = None
-            self._state = State.AT_THE_DOOR
+    def _next_look(self) -> float | None:
+        """Return when to look at the server even if nothing happens: soon, if something is due."""
+        session = self._session
+        if self._absence or self.outgoing.count() or (session and session.waits_since):
+            return time.monotonic() + PATIENCE / 10
+        return None
 
-    def _come_back(self) -> None:
-        """Try until we are in the room again, or leave."""
-        self._show(Notice("connection lost; trying again"))
-        delay, said = RETRY_FIRST, ""
-        while True:
-            pause = delay * random.uniform(0.5, 1.0)
-            self._next_try = time.monotonic() + pause
-            if self._leaving.wait(pause):
-                return
-            try:
-                self.connect()
-                return
-            except NameRefused as refused:
-                if self._take_new_name():
-                    delay = RETRY_FIRST / 2
-                elif str(refused) != said:
-                    said = str(refused)
-                    self._show(Notice(f"{said} with /nick"))
-            except (PutOut, PasswordRefused):
-                raise  # trying again would not help
-            except Refused as refused:
-                if str(refused) != said:
-                    said = str(refused)
-                    self._show(Notice(said))
-            except OSError:
-                pass  # as long as it takes
-            delay = min(RETRY_MAX, delay * 2)
+    def _look_at_server(self) -> None:
+        """Say so when it is silent though something is due, and turn from one that has us wait."""
+        session, now = self._session, time.monotonic()
+        assert session is not None
+        silent = now - max(session.heard, session.progress)
+        if self._absence and silent > CATCH_UP_TIMEOUT:
+            raise TimeoutError("the server let us in and tells us nothing")
+        waiting = self.outgoing.count()
+        if (
+            (waiting or self._absence)
+            and silent > PATIENCE
+            and session.silence_told != session.heard
+        ):
+            session.silence_told = session.heard
+            kept = f"; {count_lines(waiting)} waiting" if waiting else ""
+            self._show(Notice(f"no answer from the server for {silent:.0f} s{kept}"))
+        if (
+            session.waits_since
+            and now - session.waits_since > PATIENCE
+            and len(self.entrance.servers) > 1
+        ):
+            session.waits_since = now
+            self._move_on(session)
 
-    def _take_new_name(self) -> bool:
-        """Come back under the name that waits in a /nick, if there is one."""
-        with self._queues:
-            for item in self._waiting:
-                if item.verb == "nick":
-                    self._waiting.remove(item)
-                    self.name = item.text.partition(" ")[2].strip()
-                    return True
-        return False
-
-    # What is sent.
-
-    def _take_waiting(self) -> None:
-        """Move lines from the queue to the socket's buffer, as many as are good for it."""
-        if self._state is not State.SETTLED:
-            return
-        with self._queues:
-            while self._waiting and len(self._unsent) < SEND_AHEAD:
-                if self._unconfirmed and self._unconfirmed[-1].verb == "nick":
-                    return  # what follows is said under the name that the answer tells
-                item = self._waiting.popleft()._replace(name=self.name)
-                self._unconfirmed.append(item)
-                self._unsent += self._encode(item.text)
+    def _move_on(self, old: Session) -> None:
+        """Enter at the next server, and let go of the old one when we are in."""
+        absence, turn = self._absence, self.entrance.turn
+        self._session, self._absence = None, absence or Absence(old.heard)
+        try:
+            while True:
+                self.entrance.turn_to_next()
+                if self.entrance.turn == turn:
+                    self._session, self._absence = old, absence
+                    return
+                with contextlib.suppress(OSError, Refused):
+                    self.connect()
+                    break
+        except BaseException:
+            old.close()
+            raise
+        old.close()
 
     def _encode(self, text: str) -> bytes:
         # With room for the longest name: it may have changed when the line goes out.
         protocol.encode(text, self.fmt, MAX_TEXT)
         return protocol.encode(protocol.said(self.name, text), self.fmt)
 
+    def _say_goodbye(self) -> None:
+        """End the connection; our place is given up at once, also when we are not quite in."""
+        if self._session is not None and self._session.introduced:
+            self._session.say_goodbye()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        session, self._session = self._session, None
+        if session is None:
+            return
+        session.close()
+        if self._absence is None and session.state is not State.AT_THE_DOOR:
+            self._absence = Absence(session.heard)
+
+    def _come_back(self) -> None:
+        """Try until we are in the room again, or leave."""
+        self._show(Notice("connection lost; trying again"))
+        absence = self._absence
+        assert absence is not None
+        ends = absence.since + self._give_up_after
+        delay = RETRY_FIRST
+        while True:
+            if self.entrance.turn_to_next() and absence.next_try > absence.since:
+                delay = min(RETRY_MAX, delay * 2)
+            now = time.monotonic()
+            absence.next_try = min(now + delay * random.uniform(0.5, 1.0), ends)
+            if self._leaving.wait(max(0.0, absence.next_try - now)):
+                return
+            if absence.next_try == ends:
+                raise Refused(f"the server did not come back in {self._give_up_after:.0f} s")
+            try:
+                self.connect()
+                return
+            except (PutOut, PasswordRefused):
+                raise  # trying again would not help
+            except NameRefused as refused:
+                if name := self.outgoing.take_new_name():
+                    self.place.name = name
+                    delay = RETRY_FIRST / 2
+                else:
+                    self._tell_once(absence, f"{refused} with /nick")
+            except Refused as refused:
+                self._tell_once(absence, str(refused))
+            except OSError:
+                pass  # as long as it takes
+
+    def _tell_once(self, absence: Absence, reason: str) -> None:
+        if reason != absence.told:
+            absence.told = reason
+            self._show(Notice(reason))
+
     # What is heard.
 
-    def _hear(self, line: Line) -> None:
-        if self._state is State.AT_THE_DOOR:
-            self._hear_at_door(line)
-        elif line.in_room:
-            self._hear_room(line)
-        elif line.kind is not Kind.ANSWER or self._hear_answer(str(line)):
-            self._bring(line)
-            if str(line) == protocol.BYE:
-                self._leaving.set()
-            elif line.kind is Kind.ANSWER and protocol.is_final(str(line)):
-                raise Refused(line.text)
-
-    def _hear_at_door(self, line: Line) -> None:
+    def _hear_at_door(self, line: Heard, session: Session) -> None:
         """Answer the server's questions until it says welcome."""
-        if line.kind is Kind.NICK and not self._introduced:
-            self._introduced = True
-            asked = Introduction(self.name, self.position, key=self.key)
-            self._unsent += protocol.encode(str(asked))
-        elif line.kind is Kind.NICK:
-            raise NameRefused(self.reason)
+        if line.kind is Kind.NICK:
+            self._introduce(session)
         elif line.kind is Kind.PASS:
-            self._give_password()
-        elif line.kind is Kind.ANSWER and protocol.is_welcome(str(line)):
-            self._state = State.CATCHING_UP
-            # Its answer comes behind the replay: only then do we know what was heard.
-            self._unsent += protocol.encode("/names")
-            if self._replay is None:
-                self._show(line)
-        elif line.kind is Kind.ANSWER and protocol.is_put_out(str(line)):
-            raise PutOut(line.text)
-        elif line.kind is Kind.ANSWER and protocol.is_final(str(line)):
-            raise Refused(line.text)
-        elif line.kind is Kind.ANSWER:
-            self.reason = line.text
-        else:
+            self._give_password(session)
+        elif line.kind is not Kind.ANSWER:
             raise Refused("what answers there is not this chat; check --host and --port")
+        elif protocol.is_welcome(str(line)):
+            session.state = State.CATCHING_UP
+            self.place.name = session.names[0]
+            # Its answer comes behind the replay: only then do we know what was heard.
+            session.say(protocol.encode("/names"))
+            if self._absence is None or self._absence.first:
+                self._show(line)
+        else:
+            _raise_if_final(line)
+            session.reason = line.text
 
-    def _give_password(self) -> None:
-        if self.password is None:
+    def _introduce(self, session: Session) -> None:
+        """Give our name; when it was refused, in a simpler way, or else the next one."""
+        if session.introduced:
+            if self.place.counts and protocol.HOW_TO_ANSWER in session.reason:
+                self.place.counts = False  # an old server
+            elif len(session.names) > 1:
+                session.names.pop(0)
+            else:
+                raise NameRefused(session.reason)
+        session.introduced = True
+        session.say(protocol.encode(str(self.place.introduction(session.names[0]))))
+
+    def _give_password(self, session: Session) -> None:
+        if self.entrance.password is None:
             raise PasswordRefused("the room has a password; see --password-file")
-        if self._password_given:
-            raise PasswordRefused(self.reason)
-        self._password_given = True
-        self._unsent += protocol.password_bytes(self.password) + b"\n"
+        if session.password_given:
+            raise PasswordRefused(session.reason)
+        session.password_given = True
+        session.say(protocol.password_bytes(self.entrance.password) + b"\n")
 
-    def _hear_room(self, line: Line) -> None:
-        if self.position is not None:
-            self.position += 1
-        self._follow(line)
-        if line.name:
-            self._confirm(line)
+    def _hear(self, line: Heard, session: Session) -> None:
+        """Take in a line that comes when we are in the room."""
+        if line.in_room:
+            self.place.follow(line)
+            if line.name and self.outgoing.confirm(line):
+                session.progress = time.monotonic()
+        elif line.kind is Kind.PRIVATE:
+            self.place.hear_whisper(line.name)
+        elif line.kind is Kind.ANSWER and self._hear_news(str(line), session):
+            return
         self._bring(line)
+        if line.kind is Kind.ANSWER:
+            self._hear_own_answer(str(line), session)
+            _raise_if_final(line)
 
-    def _confirm(self, line: Line) -> None:
-        """Take a line of ours as the receipt of what was typed."""
-        with self._queues:
-            for item in self._unconfirmed:
-                if (item.echo, item.name) == ((line.kind, line.text), line.name):
-                    self._unconfirmed.remove(item)
-                    self._queues.notify_all()
-                    return
-
-    def _hear_answer(self, text: str) -> bool:
-        """Take in what the server says to us alone; tell whether to show it."""
+    def _hear_news(self, text: str, session: Session) -> bool:
+        """Take in what the server tells our program and not us; say whether it was that."""
+        roll_call = session.roll_call
+        if roll_call and not roll_call.is_complete:
+            return self._call_roll(roll_call, text.removeprefix("-> "))
+        if session.state is not State.CATCHING_UP:
+            return False
         if (position := protocol.position_in(text)) is not None:
-            if self.position not in (None, position):
-                self._unbroken = False
-            self.position = position
-        elif (missed := protocol.missed_in(text)) is not None:
-            self._skip(missed)
-            return True
-        elif self._names_due:
-            self._take_names(text.removeprefix("-> "))
-        elif self._state is State.CATCHING_UP and (found := protocol.names_in(text)):
-            self._names_due, names = found
-            self._names = []
-            self._take_names(names)
+            self._go_to(position)
+            whispers = protocol.whispers_in(text)
+            if whispers is not None:
+                self.place.whispers = whispers
+        elif found := protocol.names_in(text):
+            session.state = State.SETTLED
+            session.roll_call = RollCall(found[0])
+            self._call_roll(session.roll_call, found[1])
             self._settle()
         else:
-            self._hear_own_answer(text)
-            return True
-        return False
+            return False
+        return True
 
-    def _take_names(self, text: str) -> None:
-        """Take one line of the answer to our own /names."""
-        names, is_last = protocol.listed(text)
-        self._names += names
-        self._names_due = 0 if is_last else max(0, self._names_due - len(names))
-        if not self._names_due:
-            known = [name for name in self.present if name in self._names]
-            self.present = known + [name for name in self._names if name not in known]
+    def _go_to(self, position: int) -> None:
+        """Go on at the position that the server says; another than ours leaves a gap."""
+        if self._absence and self.place.position != position:
+            self._absence.unbroken = False
+        self.place.position = position
 
-    def _hear_own_answer(self, text: str) -> None:
-        """Take an answer as the receipt of the oldest command, or as a line's refusal."""
-        with self._queues:
-            oldest = self._unconfirmed[0] if self._unconfirmed else None
-            refused = protocol.is_refusal(text)
-            if oldest is not None:
-                if protocol.may_answer(text, "" if oldest.echo else oldest.verb):
-                    self._unconfirmed.popleft()
-                    self._queues.notify_all()
-                else:
-                    oldest = None
-        if (name := protocol.name_in(text)) is not None:
-            self.name = name
-        if oldest is None or not refused:
-            return
-        self.failed += 1
-        if oldest.echo is not None:
-            self._show(Notice("the last line was not sent", oldest.text))
+    def _call_roll(self, roll_call: RollCall, text: str) -> bool:
+        belongs = roll_call.take(text)
+        if roll_call.is_complete:
+            self.place.see(roll_call.names)
+        return belongs
+
+    def _hear_own_answer(self, text: str, session: Session) -> None:
+        """Take an answer as the receipt of the oldest line, or as its refusal."""
+        if (missed := protocol.missed_in(text)) is not None:
+            self._skip(missed)
+        elif (missed := protocol.missed_private_in(text)) is not None:
+            self.place.whispers += missed
+        elif text == protocol.WAITING:
+            session.waits_since = session.waits_since or time.monotonic()
+        elif text == protocol.GOES_ON:
+            session.waits_since = None
+        else:
+            if (name := protocol.name_in(text)) is not None:
+                self.place.name = name
+            item = self.outgoing.answer(text) if self.settled else None
+            if item is not None:
+                session.progress = time.monotonic()
+                self._hear_answer_to(item, text)
+
+    def _hear_answer_to(self, item: Typed, text: str) -> None:
+        if item.verb == "quit":
+            self._leaving.set()
+        elif protocol.is_refusal(text):
+            self.failed += 1
+            unsent = item.text if discreet(item.text) == item.text else ""
+            self._show(Notice("the last line was not sent", unsent))
 
     def _skip(self, count: int) -> None:
         """Go on behind lines of the room that we do not get."""
-        if self.position is not None:
-            self.position += count
-        if self._state is State.SETTLED:
+        self.place.skip(count)
+        if self._absence is None:
             self._give_up_receipts()
         else:
-            self._unbroken = False
-            self._skipped += count
+            self._absence.unbroken = False
+            self._absence.skipped += count
 
     def _settle(self) -> None:
         """The replay is over: show it, and send again what is not in it."""
-        self._state, self.live = State.SETTLED, True
-        replay, self._replay = self._replay, None
-        if replay is not None:
-            away = time.monotonic() - self._lost_at
-            missed = sum(line.in_room for line in replay) + self._skipped
-            lines = f"{missed} line{'' if missed == 1 else 's'} missed"
-            self._show(Notice(f"back after {away:.0f} s, {lines}"))
-            for line in replay:
-                self._show(line)
-        with self._queues:
-            commands = [item for item in self._unconfirmed if item.echo is None]
-            self._unconfirmed = deque(item for item in self._unconfirmed if item.echo)
-            if self._unbroken:
-                self._waiting.extendleft(reversed(self._unconfirmed))
-                self._unconfirmed.clear()
-            self._unbroken, self._skipped = True, 0
-            self._queues.notify_all()
-        for item in commands:
-            self._show(Notice(f"no answer came to: {discreet(item.text)}"))
+        absence, self._absence = self._absence, None
+        if absence is None:
+            return
+        self._show_held(absence)
+        for item in self.outgoing.resume(unbroken=absence.unbroken):
+            if not (item.verb == "nick" and _new_name(item.text) == self.name):
+                self._show(Notice(f"no answer came to: {discreet(item.text)}"))
         self._give_up_receipts()
+
+    def _show_held(self, absence: Absence | None) -> None:
+        """Show what came in an absence that has ended, or will not end any more."""
+        if absence is None or (self._session is None and not absence.lines):
+            return
+        if not absence.first and not absence.overflowed:
+            self._show(absence.heading(self.place))
+        earlier, since = absence.split(self.place)
+        self._show_earlier(absence, earlier)
+        for line in since:
+            self._show(line)
+
+    def _show_earlier(self, absence: Absence, lines: list[Earlier]) -> None:
+        """Show what was said before, and that it was."""
+        if absence.first and not self._wants_earlier:
+            return
+        for line in lines:
+            self._show(line)
+        if absence.overflowed or any(line.in_room for line in lines):
+            self._show(BEFORE if absence.first else WHILE_AWAY)
 
     def _give_up_receipts(self) -> None:
         """Say which lines may or may not have been seen: their receipts are not to be had."""
-        with self._queues:
-            doubtful = [item for item in self._unconfirmed if item.echo]
-            self._unconfirmed = deque(item for item in self._unconfirmed if not item.echo)
-            self._queues.notify_all()
-        self.failed += len(doubtful)
-        for item in doubtful:
+        for item in self.outgoing.give_up():
+            self.failed += 1
             self._show(Notice(f"cannot know whether this was seen, not sent again: {item.text}"))
 
     # What is shown.
 
-    def _show(self, item: Line | Notice) -> None:
+    def _bring(self, line: Heard) -> None:
+        """Show a line, or keep it until we know all that was said before."""
+        absence = self._absence
+        if absence is None:
+            self._show(line)
+            return
+        absence.lines.append(line)
+        if len(absence.lines) > MAX_HELD:
+            if not absence.overflowed:
+                absence.overflowed = True
+                if not absence.first:
+                    self._show(absence.heading(self.place))
+            oldest = Earlier(*absence.lines.popleft())
+            if self._wants_earlier or not absence.first:
+                self._show(oldest)
+
+    def _show(self, item: Heard | Notice) -> None:
         try:
             self._show_to(item)
         except OSError as error:  # of the screen, not of the connection
             raise OutputClosed from error
 
-    def _bring(self, line: Line) -> None:
-        """Show a line, or keep it until the replay is complete."""
-        if self._replay is None:
-            self._show(line)
-        else:
-            self._replay.append(line)
 
-    def _next_heard(self) -> Line | None:
-        with self._queues:
-            self._queues.wait_for(lambda: self._heard or self._leaving.is_set())
-            if not self._heard:
-                return None
-            self._queues.notify_all()
-            return self._heard.popleft()
-
-    def _collect(self, line: Line | Notice) -> None:
-        """Keep a line for who iterates: wait for a slow one, forget the oldest if there is none."""
-        if isinstance(line, Notice):
-            return
-        with self._queues:
-            self._queues.wait_for(
-                lambda: (
-                    self._leaving.is_set() or len(self._heard) < MAX_WAITING or not self._iterated
-                )
-            )
-            if len(self._heard) >= MAX_WAITING:
-                self._heard.popleft()
-            self._heard.append(line)
-            self._queues.notify_all()
-
-    def _follow(self, line: Line) -> None:
-        """Keep track of who is here, who spoke last first."""
-        name, _, event = line.text.partition(" ")
-        if line.kind is not Kind.NOTICE:
-            self._move(line.name, line.name)
-        elif event == "joined the chat":
-            self._move(name, name)
-        elif event == "left the chat":
-            self._move(name, "")
-        elif event.startswith("is now "):
-            self._move(name, event.removeprefix("is now "))
-
-    def _move(self, name: str, to: str) -> None:
-        self.present = [to] * bool(to) + [other for other in self.present if other != name]
-
-    def _cut(self) -> None:
-        """Break the connection off, from another thread."""
-        connection = self._connection
-        if connection is not None:
-            connection.shutdown()
+def _raise_if_final(line: Line) -> None:
+    """Raise `Refused` when an answer means that the server does not want us here now."""
+    if protocol.is_put_out(str(line)):
+        raise PutOut(line.text)
+    if protocol.is_final(str(line)):
+        raise Refused(line.text)
 
 
 # --- How it looks ------------------------------------------------------------
 
-# Of the 256 colours, twelve far apart whose contrast is at least 3.5 to 1 on
-# black and on white; where there are only 16, the six that have a hue.
-PALETTE = (26, 29, 64, 94, 97, 125, 130, 133, 161, 166, 66, 100)
-BASIC_PALETTE = (31, 32, 33, 34, 35, 36)
+# Of the 256 colours that are the same everywhere, twelve far apart and a grey whose
+# contrast is at least 3.5 to 1 on black and on white.  The first 16 are anybody's guess:
+# where there are no others, what stands out is bold or underlined.
+PALETTE = (26, 29, 64, 94, 97, 128, 130, 133, 161, 166, 66, 100)
+GREY = 243
+BOLD, UNDERLINED, REVERSED = "1", "4", "1;7"
+INDENT = "    "  # before the rows of a line behind its first
+INVISIBLE = re.compile(r"\x1b\[[0-9;]*m|\a")  # what paints and rings
+# A run of these looks like nothing; ideographs without a blank can be broken anywhere.
+BLANKS = re.compile(r"([\s\u2800\u3164\u115f\u1160\uffa0]+)")
+# Alphabets that have one column in every terminal, unless it is one for East Asia.
+NARROW = re.compile(r"[\x20-\x7e\xa1-\u024f\u0370-\u0482\u048a-\u052f]")
+# What a name is a part of without being meant: an address, a path, another name.
+ADDRESS = re.compile(r"://|\w@\w|^www\.|\w\.\w+/")
+UTC = re.compile(r"\b(\d{4}-\d\d-\d\d \d\d:\d\d)Z")
 
 
 class Look:
-    """Turns what happens into the text that stands on the screen."""
+    """Turns what happens into the text that stands on the screen; it keeps nothing."""
 
-    def __init__(self, *, color: bool = False, timestamps: bool = False, bell: bool = False):
-        self.color = color
+    def __init__(self, *, colors: int = 0, timestamps: bool = False, bell: bool = False):
+        self.colors = colors  # how many the terminal has: 0, 16 or 256
         self.timestamps = timestamps
         self.bell = bell
-        many = "256color" in os.environ.get("TERM", "") or "COLORTERM" in os.environ
-        self._codes = (
-            [f"38;5;{number}" for number in PALETTE] if many else [str(c) for c in BASIC_PALETTE]
-        )
 
-    def render(self, item: Line | Notice, me: str, *, live: bool = True) -> str:
-        """Return an item as it is shown to the one called `me`; `live` is not a replay."""
+    def render(self, item: Line | Notice, me: str) -> str:
+        """Return an item as it is shown to the one called `me`."""
+        stamp = self._grey(time.strftime("%H:%M ")) if self.timestamps else ""
         if isinstance(item, Notice):
-            text, mine = self._paint("2", str(item)), False
-        else:
-            text, mine = self._line(item, me)
-        stamp = self._paint("2", time.strftime("%H:%M ")) if self.timestamps else ""
-        return stamp + text + ("\a" if mine and live and self.bell else "")
+            return stamp + self._grey(str(item))
+        if isinstance(item, Earlier):  # nobody knows when it was said
+            return self._line(item, me)
+        return stamp + self._line(item, me) + ("\a" if self.calls(item, me) else "")
 
-    def _line(self, line: Line, me: str) -> tuple[str, bool]:
-        """Return a line as it is shown, and whether it is meant for `me` above all."""
-        if line.kind is Kind.PRIVATE:
-            return self._paint("1;35", str(line)), True
-        if line.kind is Kind.NOTICE:
-            return self._paint("2", str(line)), False
-        if line.kind not in (Kind.SAID, Kind.DID):
-            return str(line), False
-        if protocol.fold(line.name) == protocol.fold(me):
-            return str(line).replace(line.name, self._paint("1", line.name), 1), False
-        text, count = re.subn(
-            rf"(?<![\w-]){re.escape(me)}(?![\w-])",
-            lambda found: self._paint("1;7", found[0]),
-            line.text,
-            flags=re.IGNORECASE,
+    def calls(self, item: Line | Notice, me: str) -> bool:
+        """Tell whether a line is meant for `me` above all, and is to ring."""
+        if not self.bell or isinstance(item, Notice):
+            return False
+        if item.kind is Kind.PRIVATE:
+            return True
+        is_said = item.kind in (Kind.SAID, Kind.DID) and protocol.fold(item.name) != protocol.fold(
+            me
         )
-        shown = Line(line.kind, self._paint(self._of_name(line.name), line.name), text)
-        return str(shown), count > 0
+        return is_said and any(mentions(item.text, me))
 
-    def _of_name(self, name: str) -> str:
-        return self._codes[zlib.crc32(protocol.fold(name).encode()) % len(self._codes)]
+    def _line(self, line: Line, me: str) -> str:
+        if line.kind is Kind.PRIVATE:
+            return self._paint(f"1;38;5;{PALETTE[7]}" if self.colors > 16 else BOLD, str(line))
+        if line.kind is Kind.NOTICE:
+            return self._grey(str(line))
+        if line.kind is Kind.ANSWER:
+            return str(line) if line.text.startswith("to ") else local_time(str(line))
+        if line.kind not in (Kind.SAID, Kind.DID):
+            return str(line)
+        if protocol.fold(line.name) == protocol.fold(me):
+            return str(line).replace(line.name, self._paint(BOLD, line.name), 1)
+        text, end = "", 0
+        for start, stop in mentions(line.text, me):
+            text += line.text[end:start] + self._paint(REVERSED, line.text[start:stop])
+            end = stop
+        return str(Line(line.kind, self._name(line.name), text + line.text[end:]))
+
+    def _name(self, name: str) -> str:
+        number = zlib.crc32(protocol.fold(name).encode())
+        color = f"38;5;{PALETTE[number % len(PALETTE)]}"
+        return self._paint(color if self.colors > 16 else UNDERLINED, name)
+
+    def _grey(self, text: str) -> str:
+        return self._paint(f"38;5;{GREY}", text) if self.colors > 16 else text
 
     def _paint(self, code: str, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self.color else text
+        return f"\x1b[{code}m{text}\x1b[0m" if self.colors else text
+
+
+def mentions(text: str, name: str) -> Iterator[tuple[int, int]]:
+    """Give start and end of each place where a text speaks to or of somebody."""
+    alone = rf"(?<![\w-])(?<!\w\.){re.escape(name)}(?![\w-])(?!\.\w)"
+    for found in re.finditer(alone, text, re.IGNORECASE):
+        before = text[: found.start()].rpartition(" ")[2]
+        word = before + text[found.start() :].partition(" ")[0]
+        if not ADDRESS.search(word):
+            yield found.span()
+
+
+def local_time(text: str) -> str:
+    """Put the first time in a server's answer, which is UTC, into the user's zone."""
+
+    def shown(found: re.Match[str]) -> str:
+        try:
+            when = calendar.timegm(time.strptime(found[1], "%Y-%m-%d %H:%M"))
+            return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+        except (OverflowError, ValueError):
+            return found[0]
+
+    return UTC.sub(shown, text, count=1)
+
+
+def columns_of(text: str) -> Iterator[tuple[str, int, int]]:
+    """Give each character of a text with the least and the most columns it may take."""
+    for at, character in enumerate(text):
+        category = unicodedata.category(character)
+        if category in ("Mn", "Me", "Mc", "Cf"):
+            yield character, 0, 1
+        elif category == "Cc":  # readline shows it as ^X
+            yield character, 2, 2
+        elif unicodedata.category(text[at + 1 : at + 2] or " ") in ("Mn", "Me", "Mc", "Cf"):
+            yield character, 0, 2  # a sequence may be drawn as one character, of any width
+        elif NARROW.match(character):
+            yield character, 1, 2 if unicodedata.east_asian_width(character) == "A" else 1
+        elif category == "Lo" and unicodedata.east_asian_width(character) == "W":
+            yield character, 2, 2
+        else:
+            yield character, 0, 2
+
+
+def wrap(text: str, columns: int) -> str:
+    """Break a line, painted or not, so that only its first row begins at the left edge.
+
+    Nobody can pad a text until its rest looks like another's line.  An address that is
+    longer than a row stands whole on rows of its own, where terminals know it as one.
+    """
+    rows: list[str] = []
+    row = ""
+    for piece in BLANKS.split(text):
+        if BLANKS.fullmatch(piece) and row == INDENT:
+            continue
+        if BLANKS.fullmatch(piece) and not fits(row + piece, columns):
+            rows, row = [*rows, row], INDENT  # the blanks go with the break
+        elif fits(row + piece, columns):
+            row += piece
+        elif fits(INDENT + piece, columns):
+            rows, row = [*rows, row.rstrip()], INDENT + piece
+        elif piece.isascii():
+            rows, row = [*rows, row.rstrip(), piece], INDENT
+        else:
+            *full, row = _slices(row, piece, columns)
+            rows += full
+    return "\n".join(filter(str.strip, [*rows, row])) or text
+
+
+def fits(text: str, columns: int) -> bool:
+    """Tell whether a text, painted or not, has room in one row of any terminal."""
+    return sum(most for _, _, most in columns_of(INVISIBLE.sub("", text))) <= columns
+
+
+def _slices(row: str, text: str, columns: int) -> list[str]:
+    """Break a text without blanks behind the beginning of a row; return the rows."""
+    rows = [row]
+    for part in re.findall(rf"{INVISIBLE.pattern}|.", text, re.DOTALL):
+        if not fits(rows[-1] + part, columns):
+            rows.append(INDENT)
+        rows[-1] += part
+    return rows
+
+
+def rows_of(text: str, columns: int, behind: int = 0) -> tuple[int, int]:
+    """Return the least and the most rows that a prompt with what is typed may take.
+
+    `behind` is 1 to count the row that the cursor stands in, behind the text.
+    """
+    cells = list(columns_of(text)) + [("", behind, behind)] * behind
+    return _rows([few for _, few, _ in cells], columns), _rows(
+        [many for _, _, many in cells], columns
+    )
+
+
+def _rows(widths: list[int], columns: int) -> int:
+    rows, column = 1, 0
+    for width in widths:
+        if column + width > columns:
+            rows, column = rows + 1, 0
+        column += width
+    return rows
 
 
 # --- Where it is typed and shown ---------------------------------------------
@@ -727,7 +1403,7 @@ class Leave(KeyboardInterrupt):
 
 
 class Screen(abc.ABC):
-    """Where the user types and reads: a pipe or one of two kinds of terminal.
+    """Where the user types and reads: a pipe or one of three kinds of terminal.
 
     `read` and `ask` belong to the main thread, `show` is called from any.
     """
@@ -738,9 +1414,6 @@ class Screen(abc.ABC):
         self.look = look
         self.chat: ChatClient | None = None  # as soon as there is one
         self.leaving = threading.Event()  # a signal, or the end of the conversation, said so
-        on_terminal = termios is not None and sys.stdin.isatty()
-        self._settings = termios.tcgetattr(sys.stdin) if on_terminal else None
-        self._given_back = ""
 
     @abc.abstractmethod
     def read(self) -> str:
@@ -754,27 +1427,25 @@ class Screen(abc.ABC):
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Return the answer to a question, not shown while it is typed if it is secret."""
 
-    def give_back(self, line: str) -> None:
-        """Let the next `read` begin with what was refused."""
-        self._given_back = "\n".join(filter(None, (self._given_back, line)))
+    def can_leave(self, frame: FrameType | None) -> bool:
+        """Tell whether an exception raised over this frame gets through to `read`."""
+        return True
 
     def leave(self) -> None:
         """Make `read` raise `Leave`; called by a signal's handler, in the main thread."""
         raise Leave
 
+    def hush(self, *, quiet: bool = True) -> None:  # noqa: B027 - a pipe shows nothing typed
+        """Have nothing that is typed appear, or have it appear again."""
+
+    @abc.abstractmethod
     def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._settings is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._settings)
+        """Leave everything as it was."""
 
-    def _render(self, item: Line | Notice) -> str:
-        if isinstance(item, Notice) and item.unsent:
-            self.give_back(item.unsent)
-        chat = self.chat
-        return self.look.render(item, chat.name if chat else "", live=not chat or chat.live)
-
-    def _prompt(self) -> str:
-        return f"{self.chat.name}> " if self.chat else "> "
+    @property
+    def me(self) -> str:
+        """The user's name, or nothing before there is one."""
+        return self.chat.name if self.chat else ""
 
 
 class Pipe(Screen):
@@ -782,9 +1453,12 @@ class Pipe(Screen):
 
     interactive = False
 
-    def __init__(self, look: Look, fmt: str) -> None:
+    def __init__(self, look: Look, fmt: str, *, verbatim: bool = False) -> None:
         super().__init__(look)
+        self.failure = ""  # why what came could not be written, unless its reader has gone
+        self.closed = threading.Event()  # nothing more is written
         self._fmt = fmt
+        self._verbatim = verbatim  # no line is a command
         self._count = 0  # lines read
         if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may be narrower than the room's
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -801,23 +1475,43 @@ class Pipe(Screen):
         try:
             text = protocol.decode(line.rstrip(b"\r\n"), self._fmt, MAX_TEXT)
         except Refusal as refusal:
-            raise Refusal(f"line {self._count} was not sent: {refusal}") from None
+            reason = explain_refusal(refusal, line, self._fmt)
+            raise Refusal(f"line {self._count} was not sent: {reason}") from None
         # What a program prints may begin with a slash and be no command of ours.
         request = protocol.command(text)
-        known = request is None or request[0] in protocol.COMMANDS
-        return text if known else protocol.slash(text)
+        known = request is None or request[0] in (*protocol.COMMANDS, *protocol.ALIASES)
+        return text if known and not self._verbatim else protocol.slash(text)
+
+    def has_more(self) -> bool:
+        """Tell whether more input is there already, other than blank lines."""
+        if not hasattr(os, "set_blocking"):
+            return False
+        os.set_blocking(sys.stdin.fileno(), False)  # it may not have ended
+        try:
+            return bool((sys.stdin.buffer.read(protocol.MAX_UNFRAMED) or b"").strip())
+        except OSError:
+            return False
+        finally:
+            os.set_blocking(sys.stdin.fileno(), True)
 
     def show(self, item: Line | Notice) -> None:
-        """Print a line at once."""
-        if isinstance(item, Notice):
-            print(f"client.py: {item.text}", file=sys.stderr, flush=True)
+        """Print a line at once; go on without printing when that cannot be done."""
+        if isinstance(item, Mark):
             return
-        try:
-            print(self._render(item), flush=True)
-        except OSError as error:
-            # What is still in the buffer must not be tried again at the exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise OutputClosed from error
+        if isinstance(item, Notice):
+            complain(item.text)
+        elif not self.closed.is_set():
+            try:
+                print(self.look.render(item, self.me), flush=True)
+            except OSError as error:
+                self._close_output(error)
+
+    def _close_output(self, error: OSError) -> None:
+        # What is still in the buffer must not be tried again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # a reader who has gone has what it wanted
+            self.failure = f"cannot write to standard output: {error.strerror}"
+        self.closed.set()
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Take the first line as the answer; a password is not among the lines."""
@@ -825,14 +1519,136 @@ class Pipe(Screen):
             raise PasswordRefused("the room has a password; see --password-file")
         return self.read()
 
+    def close(self) -> None:
+        """Leave everything as it was."""
 
-class ReadlineTerminal(Screen):
+
+class Terminal(Screen):
+    """What all kinds of terminal have in common."""
+
+    def __init__(self, look: Look) -> None:
+        super().__init__(look)
+        self._settings: list[Any] | None = None  # of the terminal, when we first had it
+        self._given_back: deque[str] = deque()  # refused lines; any thread adds, the main one takes
+        self._called = False  # something earlier was meant for the user; of the thread that shows
+        self._interrupted = -math.inf  # when Ctrl-C last came; of the main thread
+
+    def _take_terminal(self) -> None:
+        """Stop, as who reads in the background is stopped, until the terminal is ours.
+
+        Before that it may be set as some other program wants it.
+        """
+        for _ in range(MAX_STOPS):
+            if in_foreground():
+                break
+            os.kill(os.getpid(), signal.SIGTTIN)
+            # What came while we were stopped, such as SIGTERM, is heard in here; another
+            # thread may have taken it, and has Python tell this one.
+            time.sleep(0.1)
+        if self._settings is None and termios:
+            self._settings = termios.tcgetattr(sys.stdin)
+
+    def give_back(self, line: str) -> None:
+        """Let what was refused stand in the prompt again, at once or in the next one."""
+        self._given_back.append(line)
+
+    def hush(self, *, quiet: bool = True) -> None:
+        """Have nothing that is typed appear, or have it appear again."""
+        if self._settings is None or not in_foreground():
+            return
+        settings = termios.tcgetattr(sys.stdin)
+        echo = 0 if quiet else self._settings[3] & termios.ECHO
+        settings[3] = settings[3] & ~termios.ECHO | echo
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, unless another program has it."""
+        if self._settings is not None and in_foreground():
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._settings)
+
+    def means_to_leave(self) -> bool:
+        """Tell whether Ctrl-C on an empty prompt leaves: while all is well only the second does."""
+        is_second = time.monotonic() - self._interrupted < INTERRUPT_AGAIN
+        self._interrupted = time.monotonic()
+        return is_second or self.chat is None or not self.chat.settled
+
+    def _take_back(self) -> str:
+        """Return what was refused, line by line."""
+        lines = [self._given_back.popleft() for _ in range(len(self._given_back))]
+        return "\n".join(lines)
+
+    def _render(self, item: Line | Notice) -> str:
+        if isinstance(item, Notice) and item.unsent:
+            self.give_back(item.unsent)
+        text = self.look.render(item, self.me)
+        if isinstance(item, Earlier):
+            self._called |= self.look.calls(item, self.me)
+        elif isinstance(item, Mark):
+            text += "\a" * (self._called and item is WHILE_AWAY)
+            self._called = False
+        return wrap(text, os.get_terminal_size(sys.stdout.fileno()).columns or 80)
+
+    def _prompt(self) -> str:
+        return f"{self.me}> "
+
+    def _ask_secretly(self, question: str) -> str:
+        """Return a line that is typed unseen; what was typed before the question counts too."""
+        self.hush()
+        try:
+            self._write(question)
+            answer = os.read(sys.stdin.fileno(), protocol.MAX_UNFRAMED)
+            if not answer:
+                raise EOFError
+            return answer.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
+        finally:  # it stays so quiet until it is sure that it is not asked for again
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        """Write past Python's buffer, which a signal handler must not enter twice."""
+        data = text.encode(sys.stdout.encoding, "backslashreplace")
+        while data:
+            data = data[os.write(sys.stdout.fileno(), data) :]
+
+
+def in_foreground() -> bool:
+    """Tell whether the terminal is ours: in the background, who changes it is stopped."""
+    if not hasattr(os, "tcgetpgrp"):
+        return True
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except OSError:  # the window is closed
+        return False
+
+
+class DumbTerminal(Terminal):
+    """A terminal that knows no escape sequences, as the shell inside Emacs: lines, no prompt."""
+
+    def read(self) -> str:
+        """Return the line that is typed next."""
+        self._take_terminal()
+        line, self._interrupted = self._take_back(), -math.inf
+        if line:
+            self._write(f"-- to be mended: {line} --\n")
+        return input()
+
+    def ask(self, question: str, *, secret: bool = False) -> str:
+        """Ask, and read the answer from the next line."""
+        self._take_terminal()
+        return self._ask_secretly(question) if secret else input(question)
+
+    def show(self, item: Line | Notice) -> None:
+        """Print an item as it comes."""
+        self._write(self._render(item) + "\n")
+
+
+class ReadlineTerminal(Terminal):
     """A terminal with the standard library alone: `input`, with GNU readline where there is one.
 
     What comes while readline waits for a key is printed above the half-typed
     line by the main thread, in a signal handler: readline's own functions take
     the line off the screen and put it back, cursor and all.  Without them (libedit,
     Windows) it is printed by the thread that brings it, and the line written again.
+    All below belongs to the main thread but for `_waiting` and `_shown`.
     """
 
     def __init__(self, look: Look) -> None:
@@ -844,24 +1660,28 @@ class ReadlineTerminal(Screen):
         self._reading = False  # from before `input` to after its line is off the screen
         self._prompted = False  # readline has drawn the prompt
         self._showing = False
-        self._cleared = False  # Ctrl-C cleared a half-typed line, and did not mean to leave
+        self._asking = False  # what comes must wait until the question is answered
+        self._cleared = False  # Ctrl-C did not mean to leave
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._hear_signals()
 
     def read(self) -> str:
         """Return the line that is typed next, and take it off the screen."""
         while True:
+            self._take_terminal()
+            self.hush(quiet=False)
             self._reading = True
             try:
                 self._begin()
                 text = input(self._prompt())
-                self._erase(self._prompt() + text)
-                if discreet(text) != text and self._readline:
-                    last = self._readline.get_current_history_length() - 1
-                    self._readline.remove_history_item(last)
+                self._interrupted = -math.inf
+                if not self._library:
+                    self._erase(self._prompt() + text)
+                self._forget_secret(text)
                 return text
             except Leave:
-                self._write("\n")
+                if in_foreground():
+                    self._write("\n")
                 raise
             except KeyboardInterrupt:
                 if not self._cleared:
@@ -872,23 +1692,26 @@ class ReadlineTerminal(Screen):
                 raise
             finally:
                 self._reading = self._prompted = self._cleared = False
+                self.hush()  # what is typed now is shown with the next prompt
                 self._hear_signals()
                 self._show_waiting()
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own, and keep the answer out of the recall."""
-        if secret:
-            import getpass
-
-            try:
-                return getpass.getpass(question)
-            except (EOFError, KeyboardInterrupt):
-                self._write("\n")
-                raise
-        answer = input(question)
-        if self._readline and self._readline.get_current_history_length():
-            self._readline.remove_history_item(self._readline.get_current_history_length() - 1)
-        return answer
+        self._take_terminal()
+        self._asking = True
+        try:
+            if secret:
+                return self._ask_secretly(question)
+            self.hush(quiet=False)
+            kept = self._readline.get_current_history_length() if self._readline else 0
+            answer = input(question)
+            if self._readline and self._readline.get_current_history_length() > kept:
+                self._forget_last()
+            return answer
+        finally:
+            self._asking = False
+            self._show_waiting()
 
     def show(self, item: Line | Notice) -> None:
         """Print an item above the half-typed line."""
@@ -897,7 +1720,7 @@ class ReadlineTerminal(Screen):
             self._show_plainly()
         elif threading.current_thread() is threading.main_thread():
             self._show_waiting()
-        while self._waiting:
+        while self._waiting and not (self._asking and len(self._waiting) < MAX_HELD):
             self._shown.clear()
             # Again and again: a signal that comes just before readline waits is lost on it.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
@@ -909,33 +1732,58 @@ class ReadlineTerminal(Screen):
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         super().close()
 
+    def can_leave(self, frame: FrameType | None) -> bool:
+        """Tell whether no function that readline called runs: from there no exception gets out."""
+        ours = self._library.commands() if self._library else []
+        called = {self._on_prompt, self._complete, self._on_start, *ours}
+        codes = {function.__func__.__code__ for function in called}  # type: ignore[attr-defined]
+        while frame is not None:
+            if frame.f_code in codes:
+                return False
+            frame = frame.f_back
+        return True
+
     def leave(self) -> None:
         """Make `read` raise `Leave`."""
         self._ignore_signals()
+        # A signal that is ignored only now may be pending, which Python would complain of.
+        sys.unraisablehook = lambda _: None
+        if self._library and not in_foreground():
+            self._library.let_go()
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # or readline's end would stop us
         raise Leave
 
     def _hear_signals(self) -> None:
         if self._library:
-            signal.signal(signal.SIGUSR1, lambda number, frame: self._show_waiting())
+            signal.signal(signal.SIGUSR1, self._on_show)
+            signal.signal(signal.SIGTSTP, self._on_stop)
+            signal.signal(signal.SIGCONT, self._on_continue)
 
     def _ignore_signals(self) -> None:
         # When a handler has raised, `input` runs those of other signals with the
         # exception still set, and whatever they do fails.
         if self._library and self._reading:
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            for number in (signal.SIGUSR1, signal.SIGTSTP, signal.SIGCONT):
+                signal.signal(number, signal.SIG_IGN)
 
     def _begin(self) -> None:
         """Have Tab complete, and put a line that was refused back into the prompt."""
         if self._readline is None:
             return
-        line, self._given_back = self._given_back, ""
-        self._readline.set_startup_hook(lambda: self._readline.insert_text(line))
+        self._readline.set_startup_hook(self._on_start)
         self._readline.set_pre_input_hook(self._on_prompt)
         self._readline.set_completer(self._complete)
         self._readline.set_completer_delims(" ")
         libedit = "libedit" in (self._readline.__doc__ or "")
         self._readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: menu-complete")
-        self._readline.parse_and_bind("set enable-bracketed-paste on")
+        if self._library:
+            self._readline.parse_and_bind("set enable-bracketed-paste on")
+            self._library.bind(self._prompt())
+        elif not libedit:  # a paste whose end does not come could not be left
+            self._readline.parse_and_bind("set enable-bracketed-paste off")
+
+    def _on_start(self) -> None:
+        self._readline.insert_text(self._take_back())
 
     def _on_prompt(self) -> None:
         self._prompted = True
@@ -950,80 +1798,203 @@ class ReadlineTerminal(Screen):
         found = completions(before, self.chat)
         return found[state] if state < len(found) else None
 
+    def _forget_secret(self, text: str) -> None:
+        if self._readline and discreet(text) != text:
+            self._forget_last()
+
+    def _forget_last(self) -> None:
+        """Take what was typed last out of the recall."""
+        self._readline.remove_history_item(self._readline.get_current_history_length() - 1)
+
     def _show_waiting(self) -> None:
         """Print what waits; in the main thread, where readline runs too."""
         library = self._library if self._is_active() else None
-        if self._showing or (self._reading and not library):
-            return  # it is being done, or readline is just beginning or ending
+        if self._asking or self._showing or (self._reading and not library):
+            return  # it is being done, or cannot be done now
         self._showing = True
         try:
             if library:
                 library.hide()
-                self._write("\r")
             while self._waiting:
                 self._write(self._waiting[0] + "\n")
                 self._waiting.popleft()
             if library:
-                library.unhide()
+                if self._given_back and not self._readline.get_line_buffer():
+                    self._readline.insert_text(self._take_back())
+                library.unhide(self._prompt())
         finally:  # Ctrl-C can come in between
             self._showing = False
             self._shown.set()
 
     def _show_plainly(self) -> None:
         line = self._prompt() + (self._readline.get_line_buffer() if self._readline else "")
-        while self._waiting:
+        while self._waiting and not self._asking:
             text = self._waiting.popleft() + "\n"
             self._write(f"\r\x1b[K{text}{line}" if self._reading else text)
 
     def _erase(self, typed: str) -> None:
-        """Take a line off the screen that was just entered, over all its rows."""
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
-        rows = sum(max(1, -(-_width(part) // columns)) for part in typed.split("\n"))
-        self._write(f"\x1b[{rows}A\r\x1b[J")
+        """Take a line off the screen that was just entered, if it is sure how many rows it has."""
+        least, most = rows_of(typed, os.get_terminal_size(sys.stdout.fileno()).columns or 80)
+        if least == most:
+            self._write(f"\x1b[{least}A\r\x1b[J")
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+    def _on_show(self, number: int, frame: FrameType | None) -> None:
+        if self.can_leave(frame):  # else readline is busy; it will be signalled again
+            self._show_waiting()
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self.can_leave(frame):
+            return _signal_again(number)
         self._cleared = False
         if self._reading and self._library and self._is_active():
-            self._cleared = bool(self._readline.get_line_buffer())
+            line = self._readline.get_line_buffer()
+            self._cleared = bool(line) or not self.means_to_leave()
             self._library.hide()
-            self._write("\r")
+            if self._cleared and not line:
+                self._waiting.append(self._render(Notice(HOW_TO_LEAVE)))
         self._ignore_signals()
         raise KeyboardInterrupt
 
-    def _write(self, text: str) -> None:
-        """Write past Python's buffer, which a signal handler must not enter twice."""
-        data = text.encode(sys.stdout.encoding, "backslashreplace")
-        while data:
-            data = data[os.write(sys.stdout.fileno(), data) :]
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        """Stop as any program does, with the terminal as the shell wants it."""
+        self._showing = True
+        if self._library and self._is_active():
+            self._library.hide()
+            self._library.give_terminal_back()
+        for stop in (signal.SIGTSTP, signal.SIGCONT):
+            signal.signal(stop, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        self._hear_signals()
+        self._on_continue(number, frame)
+
+    def _on_continue(self, number: int, frame: FrameType | None) -> None:
+        """Take the terminal again, once we have it."""
+        self._showing = True
+        if self._library and self._prompted and in_foreground():
+            self._library.take_terminal()
+            self._write("\r\x1b[K")
+            self._library.unhide(self._prompt())
+        self._showing = False
 
 
 class _Readline:
-    """The functions of GNU readline that Python's module does not offer."""
+    """The functions of GNU readline that Python's module does not offer; of the main thread.
+
+    Enter is ours: only there is it known how many rows the line has on the screen.
+    So are the marks of a paste, for readline's own command for it waits for the second
+    mark and hears nothing else, not even Ctrl-C, if that never comes.
+    """
 
     TERMPREPPED = 0x4  # in rl_readline_state: the terminal is set up for reading a line
+    DONE = 0x2000000  # the line is complete
 
     def __init__(self, path: str) -> None:
         import ctypes  # here, as what only a terminal needs, so that a pipe starts fast
 
         self._library = library = ctypes.PyDLL(path)
+        library.rl_variable_value.restype = ctypes.c_char_p
         self._state = ctypes.c_ulong.in_dll(library, "rl_readline_state")
+        self._done = ctypes.c_int.in_dll(library, "rl_done")
+        self._buffer = ctypes.c_char_p.in_dll(library, "rl_line_buffer")
+        self._deprep = ctypes.c_void_p.in_dll(library, "rl_deprep_term_function")
         ctypes.c_int.in_dll(library, "rl_sort_completion_matches").value = 0
         self._clear = library.rl_clear_visible_line
         self._flush = ctypes.PyDLL(None).fflush
+        self._pasting = False
+        self._drawn = ""  # the prompt on the screen
+        command = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int)
+        self._keys = {  # kept here, or their memory is given back while readline calls them
+            b"\\C-m": command(self._on_enter),
+            b"\\C-j": command(self._on_enter),
+            b"\\C-i": command(self._on_tab),
+            b"\x1b[200~": command(self._on_paste),
+            b"\x1b[201~": command(self._on_paste_end),
+        }
+
+    def commands(self) -> list[Callable[[int, int], int]]:
+        """Return the functions that readline calls."""
+        return [self._on_enter, self._on_tab, self._on_paste, self._on_paste_end]
+
+    def bind(self, prompt: str) -> None:
+        """Make the keys ours, in the keymap that the user has chosen."""
+        self._pasting, self._drawn = False, prompt
+        for key, command in self._keys.items():
+            self._library.rl_bind_keyseq(key, command)
 
     def is_reading(self) -> bool:
         """Tell whether readline holds the terminal."""
         return bool(self._state.value & self.TERMPREPPED)
 
     def hide(self) -> None:
-        """Take the prompt and the half-typed line off the screen, over all their rows."""
-        self._clear()
-        self._flush(None)
+        """Take the prompt and the half-typed line off the screen, or go below them."""
+        if self._is_sure():
+            self._clear()
+            self._flush(None)
+            self._write(b"\r")
+        else:  # going up by readline's count could take somebody's line off
+            self._flush(None)
+            self._write(b"\r\n\x1b[J")
 
-    def unhide(self) -> None:
-        """Put them back below what was printed."""
+    def unhide(self, prompt: str) -> None:
+        """Put them back below what was printed, with the name that is the user's now."""
+        self._drawn = prompt
+        self._library.rl_set_prompt(prompt.encode())
         self._library.rl_on_new_line()
         self._library.rl_redisplay()
+
+    def give_terminal_back(self) -> None:
+        """Set the terminal as it was before readline took it."""
+        self._library.rl_deprep_terminal()
+        self._flush(None)
+
+    def take_terminal(self) -> None:
+        """Set the terminal up for reading a line, whatever somebody else made of it."""
+        self._library.rl_deprep_terminal()
+        self._library.rl_prep_terminal(1)
+
+    def let_go(self) -> None:
+        """Have readline leave the terminal alone when it ends: another program has it."""
+        self._deprep.value = None
+
+    def _is_sure(self) -> bool:
+        """Tell whether all terminals give the line as many rows as readline believes."""
+        if self._library.rl_variable_value(b"horizontal-scroll-mode") == b"on":
+            return True
+        text = self._drawn + (self._buffer.value or b"").decode("utf-8", "replace")
+        if all(few == many for _, few, many in columns_of(text)):
+            return True
+        least, most = rows_of(text, os.get_terminal_size(sys.stdout.fileno()).columns or 80, 1)
+        return least == most
+
+    def _on_enter(self, count: int, key: int) -> int:
+        if self._pasting:
+            self._library.rl_insert_text(b"\n")
+        elif self._is_sure():
+            self._clear()
+            self._flush(None)
+            self._write(b"\r")
+            self._done.value = 1
+            self._state.value |= self.DONE
+        else:
+            self._library.rl_newline(count, key)
+        return 0
+
+    def _on_tab(self, count: int, key: int) -> int:
+        if self._pasting:
+            self._library.rl_insert_text(b"\t")
+            return 0
+        return int(self._library.rl_menu_complete(count, key))
+
+    def _on_paste(self, count: int, key: int) -> int:
+        self._pasting = True
+        return 0
+
+    def _on_paste_end(self, count: int, key: int) -> int:
+        self._pasting = False
+        return 0
+
+    def _write(self, data: bytes) -> None:
+        os.write(sys.stdout.fileno(), data)
 
 
 def _import_readline() -> Any:
@@ -1041,32 +2012,32 @@ def _readline_library(readline: Any) -> _Readline | None:
         return None  # no GNU readline, or built into the interpreter
 
 
-def _width(text: str) -> int:
-    """Return how many columns a text takes."""
-    return sum(
-        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
-        for c in text
-    )
-
-
 def completions(before: str, chat: ChatClient | None) -> list[str]:
     """Return what the last word before the cursor may become."""
     if before.startswith("/") and " " not in before:
         return [f"/{verb} " for verb in protocol.COMMANDS if f"/{verb}".startswith(before)]
     start, _, word = before.rpartition(" ")
     names = [name for name in (chat.present if chat else []) if chat and name != chat.name]
+    if chat and start.lower() == "/msg":  # who wrote to us comes first
+        names = [name for name in chat.place.writers if name in names] + names
     suffix = " " if start else ": "
-    return [name + suffix for name in names if protocol.fold(name).startswith(protocol.fold(word))]
+    found = [name + suffix for name in names if protocol.fold(name).startswith(protocol.fold(word))]
+    return list(dict.fromkeys(found))
 
 
-class ToolkitTerminal(Screen):
-    """A terminal with prompt_toolkit, which does the editing and redraws around what comes."""
+class ToolkitTerminal(Terminal):
+    """A terminal with prompt_toolkit, which does the editing and redraws around what comes.
+
+    While a prompt stands, its event loop, which runs in the main thread, prints what
+    waits; at any other time whoever brings it does.
+    """
 
     def __init__(self, look: Look) -> None:
         super().__init__(look)
         from prompt_toolkit import PromptSession
-        from prompt_toolkit.patch_stdout import StdoutProxy
+        from prompt_toolkit.styles import Style
 
+        plain = Style.from_dict({"bottom-toolbar": "noreverse"})
         self._session: PromptSession[str] = PromptSession(
             history=_toolkit_history(),
             input_processors=[_toolkit_mask()],
@@ -1076,28 +2047,88 @@ class ToolkitTerminal(Screen):
             complete_while_typing=False,
             erase_when_done=True,
             refresh_interval=1.0,
+            style=None if look.colors else plain,
         )
-        self._output = StdoutProxy(raw=True, sleep_between_writes=0.02)
         # Printing above the prompt takes no time; in cooked mode the keys that are
         # typed in that time would be echoed into what is printed.
         self._cooked_mode = self._session.app.input.cooked_mode
         self._session.app.input.cooked_mode = contextlib.nullcontext  # type: ignore[method-assign]
+        # Guards what follows, and the terminal while no prompt stands; notified when all is shown.
+        self._printed = threading.Condition()
+        self._waiting: deque[str] = deque()
+        self._prompting: PromptSession[str] | None = None  # from before its prompt stands to behind
+        self._scheduled = False  # its event loop is about to print
 
     def read(self) -> str:
         """Return the text that is typed next; a paste may have several lines."""
-        line, self._given_back = self._given_back, ""
-        return self._session.prompt(self._prompt, default=line)
+        text = self._run(self._session, self._prompt, default=self._take_back())
+        self._interrupted = -math.inf
+        return text
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own."""
-        from prompt_toolkit import prompt
+        from prompt_toolkit import PromptSession
 
-        return prompt(question, is_password=secret)
+        asking: PromptSession[str] = PromptSession()
+        return self._run(asking, question, is_password=secret)
+
+    def _run(self, session: PromptSession[str], prompt: Any, **options: Any) -> str:
+        self._take_terminal()
+        self.hush()
+        with self._printed:
+            self._prompting, self._scheduled = session, True  # by what runs before the prompt
+        try:
+            return session.prompt(prompt, pre_run=self._print, **options)
+        finally:
+            with self._printed:
+                self._prompting = None
+                self._write(CLEAR_ROW)
+                self._print()
 
     def show(self, item: Line | Notice) -> None:
         """Print an item above the half-typed line."""
-        self._output.write(self._render(item) + "\n")
-        self._output.flush()
+        text = self._render(item)
+        with self._printed:
+            self._waiting.append(text)
+            if self._prompting is None:
+                self._print()
+            else:
+                self._schedule()
+            if threading.current_thread() is not threading.main_thread():
+                self._printed.wait_for(lambda: len(self._waiting) < MAX_HELD)
+
+    def _schedule(self) -> None:
+        """Have the event loop of the prompt print what waits, once."""
+        loop = self._prompting.app.loop if self._prompting else None
+        if loop and not self._scheduled:
+            self._scheduled = True
+            with contextlib.suppress(RuntimeError):  # it has just ended; `_run` prints
+                loop.call_soon_threadsafe(self._print_above)
+
+    def _print_above(self) -> None:
+        from prompt_toolkit.application import run_in_terminal
+
+        session = self._prompting
+        if session and session.app.is_running:
+            run_in_terminal(self._print)
+
+    def _print(self) -> None:
+        """Print what waits; in the main thread, or where no prompt stands."""
+        with self._printed:
+            if self._waiting and self._prompting is not None:
+                self._write(CLEAR_ROW)
+            while self._waiting:
+                self._write((self._waiting.popleft() + "\n").replace("\n", "\r\n"))
+            self._scheduled = False
+            self._printed.notify_all()
+            if self._given_back and self._prompting is self._session:
+                buffer = self._session.default_buffer
+                if self._session.app.is_running and not buffer.text:
+                    buffer.insert_text(self._take_back())
+
+    def hush(self, *, quiet: bool = True) -> None:
+        """Have nothing that is typed appear between the prompts, which show it themselves."""
+        super().hush()
 
     def suspend(self) -> None:
         """Stop as Ctrl-Z does in any program, with the terminal as the shell wants it."""
@@ -1106,25 +2137,34 @@ class ToolkitTerminal(Screen):
 
     def leave(self) -> None:
         """Have the prompt end in its own good order, and raise `Leave` then."""
-        app = self._session.app
-        if app.is_running and app.loop:
+        app = self._prompting.app if self._prompting else None
+        if termios and app and not in_foreground():  # the end of the prompt must not touch it
+            termios.tcsetattr = lambda *_: None
+            app.output.flush = lambda: None  # type: ignore[method-assign]
+        if app and app.is_running and app.loop:
             app.loop.call_soon_threadsafe(self._exit)
         else:
             raise Leave
 
     def _exit(self) -> None:
-        app = self._session.app
-        if app.future and not app.future.done():
+        app = self._prompting.app if self._prompting else None
+        if app and app.future and not app.future.done():
             app.exit(exception=Leave())
 
-    def close(self) -> None:
-        """Print what has not been printed yet."""
-        self._output.close()
-        super().close()
+    def interrupt(self, app: Application[str]) -> None:
+        """Clear what is typed, or leave, as Ctrl-C means."""
+        if app.current_buffer.text:
+            app.current_buffer.reset()
+        elif self.means_to_leave():
+            app.exit(exception=KeyboardInterrupt)
+        else:
+            with self._printed:
+                self._waiting.append(self._render(Notice(HOW_TO_LEAVE)))
+                self._schedule()
 
     def _status(self) -> str:
         chat = self.chat
-        return f" {chat.name} on {chat.host}:{chat.port}, {chat.status}" if chat else ""
+        return f" {chat.name} on {chat.entrance}, {chat.status}" if chat else ""
 
 
 def _toolkit_completer(screen: Screen) -> Completer:
@@ -1174,11 +2214,8 @@ def _toolkit_keys(screen: ToolkitTerminal) -> KeyBindings:
     bindings = KeyBindings()
 
     @bindings.add("c-c")
-    def clear_or_leave(event: KeyPressEvent) -> None:
-        if event.current_buffer.text:
-            event.current_buffer.reset()
-        else:
-            event.app.exit(exception=KeyboardInterrupt)
+    def interrupt(event: KeyPressEvent) -> None:
+        screen.interrupt(event.app)
 
     if hasattr(signal, "SIGTSTP"):
 
@@ -1194,7 +2231,7 @@ def _toolkit_keys(screen: ToolkitTerminal) -> KeyBindings:
 
 def write(chat: ChatClient, screen: Screen) -> int:
     """Send what is typed until there is no more; return how many lines were refused."""
-    refused = 0
+    refused, doubted = 0, ""
     while True:
         try:
             lines = screen.read().split("\n")
@@ -1206,16 +2243,54 @@ def write(chat: ChatClient, screen: Screen) -> int:
             continue
         for line in lines:
             if (protocol.command(line) or ("",))[0] == "quit":
-                return refused
-            try:
-                if screen.interactive and line.strip() == "/op":
-                    line = _with_password(screen)
-                chat.send(line)
-                if screen.interactive and chat.away and line.strip():
-                    screen.show(Notice(f"to be sent when we are back: {discreet(line)}"))
-            except Refusal as refusal:
-                refused += 1
-                screen.show(Notice(f"not sent: {refusal}", line if discreet(line) == line else ""))
+                return refused + _warn_of_rest(screen)
+            if screen.interactive and len(lines) == 1 and line != doubted and line in EXITS:
+                screen.show(Notice(f"/quit leaves; Enter says {line} to everyone", line))
+                doubted = line
+                continue
+            doubted = ""
+            refused += not _say(chat, screen, line)
+
+
+def _warn_of_rest(screen: Screen) -> bool:
+    """Say so when there is more input behind a ``/quit`` than will be said."""
+    if isinstance(screen, Pipe) and screen.has_more():
+        screen.show(Notice("what stands behind /quit was not said; --verbatim says it as well"))
+        return True
+    return False
+
+
+def _say(chat: ChatClient, screen: Screen, line: str) -> bool:
+    """Send a line; return False, and have it mended, if the room cannot carry it."""
+    try:
+        if screen.interactive:
+            line = _guarded(screen, line.replace("\t", " "))
+        chat.send(line)
+        if screen.interactive and chat.away and line.strip():
+            screen.show(Notice(f"to be sent when we are back: {discreet(line)}"))
+        return True
+    except Refusal as refusal:
+        reason = explain_refusal(refusal, line.encode("utf-8", "replace"), chat.fmt)
+        screen.show(Notice(f"not sent: {reason}", line if discreet(line) == line else ""))
+        return False
+
+
+def _guarded(screen: Screen, line: str) -> str:
+    """Return what may be sent of a line: a password only as one, unless its author insists."""
+    if line.strip() == "/op":
+        return _with_password(screen)
+    if discreet(line) == line or (protocol.command(line) or ("",))[0] == "op":
+        return line
+    try:
+        answer = screen.ask("That looks like a password; say it to everyone? (yes/no) ")
+    except Leave:
+        raise
+    except (KeyboardInterrupt, EOFError):
+        answer = ""
+    if answer.strip().lower() in ("y", "yes"):
+        return line
+    screen.show(Notice("not said; /op alone asks for the password"))
+    return ""
 
 
 def _with_password(screen: Screen) -> str:
@@ -1227,18 +2302,30 @@ def _with_password(screen: Screen) -> str:
     except (KeyboardInterrupt, EOFError):
         screen.show(Notice("no password was given"))
         return ""
+    finally:
+        screen.hush(quiet=False)
+
+
+def explain_refusal(refusal: Refusal, line: bytes, fmt: str) -> str:
+    """Return why a line was refused, with the remedy where that is another format."""
+    remedy = (
+        "" if line.isascii() or fmt != "ascii" else "; --format utf-8 is for rooms that have it"
+    )
+    return f"{refusal}{remedy}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Chat until the user leaves; return the exit status."""
+    if sys.stderr is None:  # or what is said there would go to standard output
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the program
     options = _parser().parse_args(arguments)
     if sys.stdin is None or sys.stdout is None:
         return _fail("standard input and output are closed; leave them open")
     screen = _screen(options)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), lambda number, frame: _leave(screen))
-    signal.signal(ENDED, lambda number, frame: _leave(screen))
+            signal.signal(getattr(signal, name), lambda number, frame: _leave(screen, frame))
+    signal.signal(ENDED, lambda number, frame: _leave(screen, frame))
     try:
         return _converse(screen, options)
     except (KeyboardInterrupt, OutputClosed):
@@ -1265,6 +2352,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         fingerprint=options.tls_fingerprint or "",
         show=screen.show,
         ended=lambda: _interrupt_main(screen),
+        give_up=options.give_up,
     )
     try:
         _join(chat, screen)
@@ -1275,12 +2363,16 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     refused = 0
     try:
         refused = write(chat, screen)
-        if options.listen and not screen.interactive:
-            chat.wait()
+        if isinstance(screen, Pipe) and options.listen:
+            screen.closed.wait()  # or the end of the conversation, which interrupts
         elif not screen.interactive:
             chat.flush()
     except KeyboardInterrupt:
         pass  # Ctrl-C, a signal, or the end of the conversation: leave
+    except BaseException:  # such as a window that is closed: not without a goodbye
+        with contextlib.suppress(OutputClosed):
+            chat.leave()
+        raise
     try:
         unsent = chat.leave()
     except KeyboardInterrupt:  # once more: without a goodbye
@@ -1289,6 +2381,8 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         screen.show(Notice(f"not sent: {discreet(text)}"))
     if chat.reason:
         raise Refused(chat.reason)
+    if isinstance(screen, Pipe) and screen.failure:
+        return _fail(screen.failure)
     return 1 if not screen.interactive and (refused or unsent or chat.failed) else 0
 
 
@@ -1305,40 +2399,78 @@ def _name(screen: Screen, name: str = "") -> str:
 
 
 def _join(chat: ChatClient, screen: Screen) -> None:
-    """Get into the room, with another name or password if the first will not do."""
-    was_asked = chat.password is None
-    while True:
-        try:
-            chat.connect()
-            return
-        except NameRefused as refused:
-            if not screen.interactive:
-                raise
-            screen.show(Notice(str(refused)))
-            chat.name = _name(screen)
-        except PasswordRefused as refused:
-            if not was_asked:
-                raise
-            if chat.password is not None:
-                screen.show(Notice(str(refused)))
+    """Get into the room at one of its servers, with another name or password if need be."""
+    was_asked = chat.entrance.password is None
+    try:
+        while True:
             try:
-                chat.password = screen.ask("Password of the room: ", secret=True)
-            except EOFError:
-                raise Refused("no password was given") from None
+                return chat.connect()
+            except NameRefused as refused:
+                if not screen.interactive:
+                    raise
+                screen.show(Notice(str(refused)))
+                chat.place.name = _name(screen)
+            except PasswordRefused as refused:
+                if not was_asked:
+                    raise
+                if chat.entrance.password is not None:
+                    screen.show(Notice(str(refused)))
+                try:
+                    chat.entrance.password = screen.ask("Password of the room: ", secret=True)
+                except EOFError:
+                    raise Refused("no password was given") from None
+            except PutOut:
+                raise
+            except (OSError, UnicodeError, Refused):
+                if chat.entrance.turn_to_next():
+                    raise
+    finally:
+        screen.hush(quiet=False)
 
 
 def _screen(options: argparse.Namespace) -> Screen:
     """Return the best screen for where standard input and output lead."""
     look = Look(timestamps=options.timestamps)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return Pipe(look, options.format)
-    dumb = os.environ.get("TERM", "") in ("", "dumb")
-    look.color = not (options.no_color or os.environ.get("NO_COLOR") or dumb)
+        return Pipe(look, options.format, verbatim=options.verbatim)
     look.bell = not options.no_bell
-    if not dumb:
-        with contextlib.suppress(ImportError):
-            return ToolkitTerminal(look)
+    term = os.environ.get("TERM", "")
+    if term in ("", "dumb") and os.name != "nt":
+        return DumbTerminal(look)
+    if not (options.no_color or os.environ.get("NO_COLOR")):
+        look.colors = 256 if "256color" in term or "COLORTERM" in os.environ else 16
+    _widen_locale()
+    with contextlib.suppress(ImportError):
+        return ToolkitTerminal(look)
     return ReadlineTerminal(look)
+
+
+def _widen_locale() -> None:
+    """Have readline know characters of several bytes, as Python does, where the locale is C."""
+    import locale
+
+    given = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_CTYPE", "LANG"))), "C")
+    if given not in ("C", "POSIX"):
+        return
+    for name in ("C.UTF-8", "UTF-8"):
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, name)
+            os.environ["LC_ALL"] = name
+            return
+
+
+def _hosts(text: str) -> str:
+    try:
+        addresses(text, protocol.PORT)
+    except Refusal as refusal:
+        raise argparse.ArgumentTypeError(str(refusal)) from None
+    return text
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; use 0 or more")
+    return float(text)
 
 
 def _fingerprint(text: str) -> str:
@@ -1366,11 +2498,22 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     return context
 
 
-def _leave(screen: Screen) -> None:
+def _leave(screen: Screen, frame: FrameType | None) -> None:
     """Have the main thread leave, the first time that a signal says so."""
-    if not screen.leaving.is_set():
-        screen.leaving.set()
-        screen.leave()
+    if screen.leaving.is_set():
+        return None
+    if not screen.can_leave(frame):
+        return _signal_again(ENDED)
+    screen.leaving.set()
+    return screen.leave()
+
+
+def _signal_again(number: int) -> None:
+    """Have a signal come once more, in a moment."""
+    main = threading.main_thread().ident or 0
+    timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, number))
+    timer.daemon = True
+    timer.start()
 
 
 def _interrupt_main(screen: Screen) -> None:
@@ -1383,14 +2526,23 @@ def _interrupt_main(screen: Screen) -> None:
         screen.leaving.wait(0.05)  # and again: readline can miss a signal
 
 
+def complain(text: str) -> None:
+    """Say something on standard error, if anybody listens there."""
+    try:
+        print(f"client.py: {text}", file=sys.stderr, flush=True)
+    except OSError:  # what is still in the buffer must not be tried again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def _fail(text: str) -> int:
-    print(f"client.py: {text}", file=sys.stderr)
+    complain(text)
     return 1
 
 
 def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Say why there is no connection and what to do about it."""
-    where = f"{options.host} port {options.port}"
+    servers = addresses(options.host, options.port)
+    where = " or ".join(f"{host} port {port}" for host, port in servers)
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"the certificate of {where} is not trusted: {error.verify_message};"
@@ -1416,7 +2568,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     option = parser.add_argument
     option("--name", default="", help="yours in the room; asked for without it")
-    option("--host", default=protocol.HOST, help="the server's (default: %(default)s)")
+    option(
+        "--host",
+        default=protocol.HOST,
+        type=_hosts,
+        help="the server's, or HOST:PORT, or several of a room, A,B:PORT (default: %(default)s)",
+    )
     option("--port", type=protocol.port, default=protocol.PORT, help="(default: %(default)s)")
     option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="the server's too")
     option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")
@@ -1429,6 +2586,14 @@ def _parser() -> argparse.ArgumentParser:
         help="speak TLS with the certificate that the server logs at its start",
     )
     option("--listen", action="store_true", help="in a pipe, stay after the end of input")
+    option("--verbatim", action="store_true", help="in a pipe, no line is a command")
+    option(
+        "--give-up",
+        type=_seconds,
+        default=math.inf,
+        metavar="SECONDS",
+        help="leave when a lost server is not back by then (default: go on trying)",
+    )
     option("--timestamps", action="store_true", help="show when each line came")
     option("--no-color", action="store_true", help="as the variable NO_COLOR does")
     option("--no-bell", action="store_true", help="for your name and private lines")

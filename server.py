@@ -15,34 +15,44 @@ The way of a message, in the order in which the functions stand below:
     Client.read                 takes what comes, no faster than its allowance, and has
     Client.hear                 look at each line: said, or a command;
     Client.broadcast            hands it in as an entry, by
-    EntryLog.hand_in            which wakes the broadcaster's thread.  In rounds,
-    Broadcaster._apply_waiting  applies what was handed in, entry by entry, with
-    Room.apply                  which says what becomes of it; stores it by
-    History.append              which gives the lines their positions; and
-    Broadcaster._send_slice     gives each client all that follows its cursor.
+    EntryLog.hand_in            which wakes the broadcaster's thread.
+    Room.apply                  says what becomes of an entry, called in rounds by
+    Broadcaster._apply_waiting  which then has the history give the lines their positions,
+    Broadcaster._send_slice     and gives each client all that follows its cursor.
+
+Commands stand behind, then the histories (in memory, in a file) and the command line.
 
 Who touches what:
 
-    thread              touches                                         under
-    accept              the listener                                    -
-                        who is connected, from where (Connections)      its lock
-    a client's own      Client: what has come and is not said yet       -
-    any                 entries on their way (EntryLog)                 its lock
-                        what waits for one client (Gate)                its lock
-                        lines and times in memory (History)             its lock
-    the broadcaster     Room: names, keys, bans, who is here            -
-                        Output: a client's cursor and bytes under way   -
-    the pager           what only the file has, for who is far behind   -
-    log, keeper         on several machines: their parts of the log     -
+    thread              touches                                              under
+    accept              the listener
+    any                 who is connected, from where (Connections)           its lock
+                        what is used up (Allowances), guessed (Secret)       its lock
+    a client's own      Client: what has come and is not said yet
+    any                 entries on their way (EntryLog)                      its lock
+                        what waits for one client, and its end (Gate)        its lock
+                        lines and times in memory (History)                  its lock
+    the broadcaster     Room: names, keys, bans, who is here
+                        Output: a client's cursor and bytes under way
+    the pager           what only the file has, for who is far behind
+    who asks, searches  the file (Access: a connection for each kind)        its lock
+    log, keeper         on several machines: their parts of the shared log
 
-No thread ever holds two locks, and none waits for a socket or a disk under one.  Other
-threads read the room as the broadcaster has published it (`Broadcaster.room`); a
-published room does not change.
+No thread holds two of these locks, but for one that waits for the disk: it holds its
+connection to the file, which nobody else waits for but its like.  A single number or
+reference that one thread sets may be read by others without a lock, and whatever is read so
+may be old: `Broadcaster.room` is the room as it was published last, which does not change any
+more; a Client's name, and why its output ended, are for the console.
 
-A client's life, as its thread sees it and as the broadcaster does:
+A client's life, as its own thread sees it:
 
-    at the door -> in the room -> parting -> draining -> closed
-                   following ->  until its last line -> released
+    accepted -> without a name -> claiming -> in the room -> parting -> draining -> closed
+
+and as the broadcaster sees its output; behind or full, it follows later:
+
+    begin -> following -> end: gets what came before it -> released
+                 |            (put out: what its socket takes at once; replaced: nothing)
+                 +-> failed: its thread finds the end of the input, and hands in its leaving
 """
 
 from __future__ import annotations
@@ -86,7 +96,7 @@ except ImportError:  # Windows has neither
 import protocol
 from protocol import Connection, Framer, Introduction, Kind, Line, Refusal, TlsConnection, Waker
 
-# At the door.
+# At the door, and for a client's thread.
 TRIES = 3  # at a name or a password
 WRONG_DELAY = 1.0  # seconds after a wrong password
 MAX_DELAY = 5.0  # seconds between two checks for an address that has given many wrong ones
@@ -168,11 +178,15 @@ class Unforeseen(Refusal):
 
 
 class Farewell(Exception):
-    """The server ends a connection: the reason for the console and a last line for the client."""
+    """A connection ends: the reason for the console and a last line for the client.
 
-    def __init__(self, reason: str, line: str = "") -> None:
+    With `for_good` its client has said so, and no place is kept for it.
+    """
+
+    def __init__(self, reason: str, line: str = "", *, for_good: bool = False) -> None:
         super().__init__(reason)
         self.line = line
+        self.for_good = for_good
 
 
 # --- The server --------------------------------------------------------------
@@ -324,7 +338,9 @@ class ChatServer:
         host, port = protocol.escape(address[0].removeprefix("::ffff:")), address[1]
         try:
             connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
-            client = Client(self, self.broadcaster.log.new_session(), connection, f"{host}:{port}")
+            client = Client(
+                self, self.broadcaster.entries.new_session(), connection, f"{host}:{port}"
+            )
         except OSError as error:  # reset by now: its own affair
             log.info("unnamed (%s:%d) left: %s", host, port, error)
             return sock.close()
@@ -393,14 +409,21 @@ class Connections:
             self._changed.notify_all()
 
     @contextlib.contextmanager
-    def aside(self, client: Client) -> Iterator[None]:
+    def aside(self, client: Client, room: Room) -> Iterator[None]:
         """Count a client as none without a name while it waits for something of ours."""
         with self._changed:
-            self._check_address(client)
-            self._unnamed.pop(client, None)
-        yield
+            self._check_address(client, room)
+            self._take_out(client)
+        yield  # if it ends here, it is none without a name for ever
         with self._changed:
             self._unnamed[client] = None
+
+    def _take_out(self, client: Client) -> None:
+        """Take a client out of those without a name; raise `Gone` if it was turned away."""
+        assert self._is_locked()
+        if client not in self._unnamed:
+            raise Gone
+        del self._unnamed[client]
 
     @contextlib.contextmanager
     def place(self, client: Client, broadcaster: Broadcaster, key: str) -> Iterator[None]:
@@ -413,8 +436,8 @@ class Connections:
             room = broadcaster.room  # here: who was decided on meanwhile counts there
             if key not in room.keys:
                 self._check_space(client, room)
+            self._take_out(client)
             self._claiming.add(client)
-            self._unnamed.pop(client, None)
         try:
             yield
         except Refusal:  # it can try another name
@@ -430,12 +453,17 @@ class Connections:
         undecided = sum(other.session not in room.sessions for other in self._claiming)
         if room.count(client.session >> SERVER_BITS) + undecided >= self.limits.max_clients:
             raise Farewell("the room is full", protocol.ROOM_FULL)
-        self._check_address(client)
+        self._check_address(client, room)
 
-    def _check_address(self, client: Client) -> None:
+    def _check_address(self, client: Client, room: Room) -> None:
         assert self._is_locked()
+        if _is_loopback(client.address):
+            return
         from_there = self._addresses[client.address]
-        if from_there > self.limits.max_per_address and not _is_loopback(client.address):
+        if len(room.stays) > len(room.sessions):  # some places are kept for who is away
+            away = (stay for stay in room.stays.values() if stay.session is None)
+            from_there += sum(stay.address == client.address for stay in away)
+        if from_there > self.limits.max_per_address:
             raise Farewell("too many connections from its address", protocol.ADDRESS_FULL)
 
     def end_all(self, how: int) -> None:
@@ -465,7 +493,7 @@ class Allowance:
         """Return how many of what is wanted may pass now."""
         if not self.rate:
             return wanted
-        self._left, self._since = self._now(), time.monotonic()
+        self._left, self._since = self.now(), time.monotonic()
         drawn = min(wanted, int(self._left))
         self._left -= drawn
         return drawn
@@ -476,15 +504,16 @@ class Allowance:
 
     def is_full(self) -> bool:
         """Tell whether it is as good as a new one."""
-        return not self.rate or self._now() >= self.burst
+        return not self.rate or self.now() >= self.burst
 
     def successor(self) -> Allowance:
         """Return one that goes on where this one is."""
         other = Allowance(self.rate, self.burst)
-        other._left = self._now()
+        other._left = self.now()
         return other
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Return how many may pass now, and a part of the next."""
         passed = time.monotonic() - self._since
         return min(float(self.burst), self._left + passed * self.rate)
 
@@ -514,24 +543,26 @@ class Allowances:
         with self._lock:
             known = self._of_stays.get(stay)
             if known is None:
-                left = [one for one in self._left.pop(address, []) if not one.is_full()]
-                left.sort(key=Allowance.delay)
-                known = left.pop() if left else Allowance(self.rate)
+                left = self._left.get(address)
+                known = min(left, key=Allowance.now) if left else Allowance(self.rate)
                 if left:
-                    self._left[address] = left
+                    left.remove(known)
             self._of_stays[stay] = known.successor()
             return self._of_stays[stay]
 
     def end(self, stay: int, address: str, allowance: Allowance) -> None:
         """Keep an allowance whose connection ends, for the stay and for who comes from there."""
         with self._lock:
-            if self._of_stays.get(stay) is not allowance:
+            if self._of_stays.setdefault(stay, allowance) is not allowance:
                 return  # somebody goes on with it already
-            gone = [number for number, one in self._of_stays.items() if one.is_full()]
-            for number in gone:
-                del self._of_stays[number]
-            if not allowance.is_full():
-                self._left.setdefault(address, []).append(allowance)
+            self._left.setdefault(address, []).append(allowance)
+            self._forget_full()
+
+    def _forget_full(self) -> None:
+        """Forget allowances that are as good as new ones, in use or not."""
+        self._of_stays = {n: one for n, one in self._of_stays.items() if not one.is_full()}
+        kept = {a: [one for one in left if not one.is_full()] for a, left in self._left.items()}
+        self._left = {address: left for address, left in kept.items() if left}
 
 
 class Secret:
@@ -631,9 +662,12 @@ def _hashed_key(line: bytes) -> str:
         return ""
 
 
-def _encoded(line: str, fmt: str = protocol.FORMAT) -> bytes:
-    """Return a line as it is sent, of text that was checked when it came in."""
-    return f"{line}\n".encode(fmt)
+def _encoded(line: str) -> bytes:
+    """Return a line as it is sent, of text that was checked when it came in.
+
+    What is ASCII is the same in UTF-8.
+    """
+    return f"{line}\n".encode()
 
 
 # --- A client's thread -------------------------------------------------------
@@ -670,8 +704,7 @@ class Client:
 
     def end(self, how: int = socket.SHUT_RDWR) -> None:
         """Let its thread find the end of the input, whatever it waits for."""
-        self.gate.close()
-        self.connection.shutdown(how)
+        self.output.end(how)
 
     def turn_away(self, line: str) -> None:
         """End somebody at the door with a line; who is in the room hears it there."""
@@ -698,7 +731,7 @@ class Client:
             try:
                 return self._claim(protocol.introduction(protocol.decode(line, self.server.fmt)))
             except Refusal as refusal:
-                self.connection.send(self._line(protocol.answer(str(refusal))))
+                self.connection.send(_encoded(protocol.answer(str(refusal))))
         raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
 
     def _shake_hands(self, deadline: float) -> None:
@@ -713,7 +746,7 @@ class Client:
         for left in reversed(range(TRIES)):
             self.connection.send(b"PASS\n")
             given = self._next_line(deadline)
-            with self.server.connections.aside(self):
+            with self.server.connections.aside(self, self.server.broadcaster.room):
                 asked = time.monotonic()
                 is_right = self._check(self.server.password, given, key)
                 deadline += time.monotonic() - asked  # our own waiting is not theirs
@@ -730,8 +763,11 @@ class Client:
 
     def gives_op_password(self, given: str) -> bool:
         """Tell whether this is the operators' password, when it is the turn of this address."""
-        key = str(self.session)  # of nobody who has passed
-        return self._check(self.server.op_password, protocol.password_bytes(given), key)
+        nobody = str(self.session)  # who has passed before
+        try:
+            return self._check(self.server.op_password, protocol.password_bytes(given), nobody)
+        except Farewell:
+            raise Refusal(protocol.TOO_MANY_GUESSES) from None
 
     def _next_line(self, deadline: float) -> bytes:
         """Return the next line of one that has not joined yet."""
@@ -769,7 +805,7 @@ class Client:
             if key not in server.broadcaster.room.keys:
                 while delay := server.allowances.join(self.address):
                     self.gate.pause(delay)
-            now = self.server.broadcaster.log.now()
+            now = self.server.broadcaster.entries.now()
             claim = Claim(self.session, asked._replace(key=key), self.address, now)
             stay, is_back = self._ask(claim, output=self.output)
         self._allowance = server.allowances.begin(stay.number, self.address)
@@ -837,12 +873,15 @@ class Client:
     def answer(self, *lines: str) -> None:
         """Have the client get lines that are for it alone, behind all that it asked before."""
         if lines:
-            self.broadcast(Answered(self.session, [self._line(line) for line in lines]))
+            entry = Answered(self.session, [_encoded(line) for line in lines])
+            size = sum(map(len, entry.lines))
+            self.gate.add(len(lines), size)
+            self._hand_in(Handed(entry, reserved=self.gate, reserved_lines=len(lines), size=size))
 
     def whisper(self, stay: Stay, text: str) -> None:
         """Hand in a line for one person alone, unless they have too many waiting already."""
         output = self.server.broadcaster.outputs.get(stay.session or 0)
-        size = len(text) + protocol.MAX_NAME + 16
+        size = len(text.encode()) + protocol.MAX_NAME + 16
         if output is None:
             self.broadcast(Whispered(self.session, stay.number, text))
         elif not output.gate.reserve(size):
@@ -858,18 +897,26 @@ class Client:
     def rename(self, name: str) -> None:
         """Take another name, and go on when it is decided: what follows is said under it."""
         old = self.name
-        try:
-            self._be_called(self._ask(Renamed(self.session, name)))
-        except Unforeseen:
-            raise
-        except Refusal:
-            return  # it was answered where it was refused
-        log.info("%s was %s", self, old)
+        if new_name := self.request(Renamed(self.session, name)):
+            self._be_called(new_name)
+            log.info("%s was %s", self, old)
 
     def promote(self) -> None:
         """Become an operator, and go on when it is so: what follows may rely on it."""
-        self._ask(Promoted(self.session))
+        self.request(Promoted(self.session))
         log.info("%s is an operator", self)
+
+    def request(self, entry: Entry) -> Any:
+        """Hand in what is answered where it is applied, and return what became of it, or None.
+
+        It is waited for, so that nobody has more answers coming than a gate counts.
+        """
+        try:
+            return self._ask(entry)
+        except Unforeseen:
+            raise
+        except Refusal:
+            return None  # it was answered where it was refused
 
     def is_operator(self) -> bool:
         """Tell whether it is an operator, as published."""
@@ -878,7 +925,7 @@ class Client:
 
     def settle(self) -> None:
         """Wait until all that it handed in has its place in the history."""
-        if not self.server.broadcaster.log.is_applied(self._handed_in):
+        if not self.server.broadcaster.entries.is_applied(self._handed_in):
             self._ask(Answered(self.session, []))
 
     def _ask(self, entry: Entry, output: Output | None = None) -> Any:
@@ -890,10 +937,7 @@ class Client:
     def _hand_in(self, handed: Handed) -> None:
         # A claim waits for no space: there are as many as connections without a name.
         gate = self.gate if self.name else None
-        self._handed_in = self.server.broadcaster.log.hand_in(handed, gate)
-
-    def _line(self, line: str) -> bytes:
-        return _encoded(line, self.server.fmt)
+        self._handed_in = self.server.broadcaster.entries.hand_in(handed, gate)
 
     # The one way out.
 
@@ -904,7 +948,7 @@ class Client:
             self._leave(farewell)
         elif farewell.line:
             with contextlib.suppress(OSError):
-                self.connection.send(self._line(farewell.line))
+                self.connection.send(_encoded(farewell.line))
         log.info("%s left: %s", self, self.output.reason or farewell)
         self.connection.drain(time.monotonic() + LINGER)
 
@@ -916,18 +960,258 @@ class Client:
         broadcaster = self.server.broadcaster
         with contextlib.suppress(Gone):
             if farewell.line:
-                last = Answered(self.session, [self._line(farewell.line)])
-                broadcaster.log.hand_in(Handed(last))
-            has_left = farewell.line == protocol.BYE
-            entry = (Left if has_left else Lost)(self.session, broadcaster.log.now())
-            broadcaster.log.hand_in(Handed(entry))
+                last = Answered(self.session, [_encoded(farewell.line)])
+                broadcaster.entries.hand_in(Handed(last))
+            entry = (Left if farewell.for_good else Lost)(self.session, broadcaster.entries.now())
+            broadcaster.entries.hand_in(Handed(entry))
         self.gate.wait_released()
+
+
+# --- Entries on their way ----------------------------------------------------
+
+
+class Outcome:
+    """What became of an entry: one thread waits for it, the broadcaster settles it, always."""
+
+    __slots__ = ("_settled", "value")
+
+    def __init__(self) -> None:
+        self.value: Any = Unforeseen(protocol.UNFORESEEN)  # should the round fail
+        self._settled = threading.Event()
+
+    def settle(self) -> None:
+        """Let the waiting thread have the value."""
+        self._settled.set()
+
+    def wait(self) -> Any:
+        """Return the value when it is settled, or raise it."""
+        self._settled.wait()
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+class Handed(NamedTuple):
+    """An entry on its way, and what depends on it."""
+
+    entry: Entry
+    outcome: Outcome | None = None
+    output: Output | None = None  # of who claims a place: to follow the room if it is given
+    reserved: Gate | None = None  # where lines for one client are counted until they are there
+    reserved_lines: int = 1
+    size: int = 0  # of those lines, in bytes
+    is_ours: bool = False  # on several machines: it comes back from the log
+
+    @property
+    def lines(self) -> int:
+        """How many lines it counts in the queue."""
+        return len(self.entry.lines) if type(self.entry) is Said else 1
+
+
+class EntryLog:
+    """Entries in the order in which they were handed in; any thread, under its lock."""
+
+    def __init__(self, waker: Waker) -> None:
+        self._waker = waker
+        self._handed: list[Handed] = []  # not taken by a round yet
+        self._lines = 0  # in those
+        self._lines_taken = 0  # in entries whose round has not ended
+        self._taken = 0  # entries that rounds have taken
+        self._count = 0  # entries ever handed in
+        self._applied = 0  # entries whose round has ended
+        self._crowd: list[Gate] = []  # whose threads wait for space
+        self._closed = False  # nothing is handed in any more
+        self._ahead = -math.inf  # of the monotonic clock, the time: as far as it ever was
+        self._sessions = itertools.count(1)
+        self._lock = threading.Lock()  # guards all of the above but the waker and the sessions
+
+    def __len__(self) -> int:
+        """Return how many entries wait for a round."""
+        return len(self._handed)
+
+    @property
+    def lines(self) -> int:
+        """How many lines stand in entries whose round has not ended."""
+        return self._lines + self._lines_taken
+
+    def now(self) -> float:
+        """Return the time for an entry, in seconds since the epoch: it never goes back.
+
+        A clock that is set back would have what is kept for seconds kept for hours.
+        """
+        with self._lock:
+            wall = time.time()  # first: a wait between the two must not put it ahead
+            self._ahead = max(self._ahead, wall - time.monotonic())
+            return time.monotonic() + self._ahead
+
+    def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
+        """Append an entry and return its number; raise `Gone` when nothing counts any more.
+
+        With the gate of its author, wait first while too much waits here or there.
+        """
+        while not self._append(handed, gate):
+            assert gate is not None
+            gate.wait()
+        self._waker.wake()
+        return self._count
+
+    def _append(self, handed: Handed, gate: Gate | None) -> bool:
+        """Append an entry if there is space; else have the gate rung when there is."""
+        if gate is not None and not gate.is_open():
+            return False
+        with self._lock:
+            if self._closed:
+                raise Gone
+            if gate is not None and self.lines >= MAX_QUEUED:
+                self._crowd.append(gate)
+                return False
+            self._handed.append(handed)
+            self._lines += handed.lines
+            self._count += 1
+            return True
+
+    def is_applied(self, number: int) -> bool:
+        """Tell whether the round of an entry has ended."""
+        return number <= self._applied
+
+    def take(self) -> list[Handed]:
+        """Return what was handed in since the last round; the broadcaster's."""
+        with self._lock:
+            handed, self._handed = self._handed, []
+            self._taken = self._count
+            self._lines_taken += self._lines
+            self._lines = 0
+        return handed
+
+    def end_round(self) -> None:
+        """Count what was taken as done, and let those go on who wait for space."""
+        with self._lock:
+            self._applied = self._taken
+            self._lines_taken = 0
+            crowd, self._crowd = self._crowd, []
+        for gate in crowd:
+            gate.ring()
+
+    def new_session(self) -> int:
+        """Return the number of a connection that is new."""
+        return next(self._sessions)
+
+    def until(self, moment: float) -> float:
+        """Return the seconds until the room's clock comes to a moment of its own accord."""
+        return moment - self.now() if moment < math.inf else moment
+
+    def start(self) -> None:
+        """Be ready for entries."""
+        return
+
+    def stop(self) -> None:
+        """Be done; nothing is taken any more."""
+        return
+
+    def close(self) -> None:
+        """Take no more entries."""
+        with self._lock:
+            self._closed = True
+            crowd, self._crowd = self._crowd, []
+        for gate in crowd:
+            gate.ring()
+
+
+class Gate:
+    """Whether a client's thread may go on, and what waits for it alone; under its own lock.
+
+    It is open while the lines for this client alone are not too many, and closed for good
+    when nothing more of its input counts: replaced, put out, failed or shut down.
+    """
+
+    __slots__ = ("_bytes", "_changed", "_lines", "_released", "_rung", "closed")
+
+    def __init__(self) -> None:
+        self.closed = False  # for good
+        self._rung = False  # it may be worth looking again
+        self._released = False  # the broadcaster never touches the client again
+        self._lines = 0  # on their way to the client, or reserved for such
+        self._bytes = 0
+        self._changed = threading.Condition(
+            threading.Lock()
+        )  # guards all; notified when one changes
+
+    def is_open(self) -> bool:
+        """Tell whether there is space for more; raise `Gone` when closed for good."""
+        if self.closed:
+            raise Gone
+        return not self._is_full()
+
+    def reserve(self, size: int) -> bool:
+        """Count a line of `size` bytes unless too much waits already; tell whether it does."""
+        with self._changed:
+            if self._is_full():
+                return False
+            self._lines += 1
+            self._bytes += size
+            return True
+
+    def add(self, lines: int, size: int) -> None:
+        """Count lines of `size` bytes together, come what may."""
+        with self._changed:
+            self._lines += lines
+            self._bytes += size
+
+    def remove(self, lines: int, size: int) -> None:
+        """Count lines as sent."""
+        with self._changed:
+            was_full = self._is_full()
+            self._lines -= lines
+            self._bytes -= size
+        if was_full:
+            self.ring()
+
+    def wait(self) -> None:
+        """Wait until it may be worth looking again; raise `Gone` when closed for good."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._rung or self.closed)
+            self._rung = False
+        if self.closed:
+            raise Gone
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long; raise `Gone` when closed meanwhile."""
+        with self._changed:
+            if self._changed.wait_for(lambda: self.closed, seconds):
+                raise Gone
+
+    def wait_released(self) -> None:
+        """Wait until the broadcaster has let go of the client."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._released)
+
+    def release(self) -> None:
+        """Let go of the client."""
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
+
+    def ring(self) -> None:
+        """Have the client's thread look again."""
+        with self._changed:
+            self._rung = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nothing pass any more."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+    def _is_full(self) -> bool:
+        return self._lines >= OUTBOX_LINES or self._bytes >= OUTBOX_BYTES
 
 
 # --- The room ----------------------------------------------------------------
 
 # What happens.  `session` is the connection that hands it in, `time` (seconds since the
-# epoch) when it did.  What one does depends on the room and the entry alone.
+# epoch) when it did.  What one does depends on the room and the entry alone.  A new kind of
+# entry is a class here, a verb of Room and a line in its `_VERBS`; a command hands it in.
 
 
 class Claim(NamedTuple):
@@ -1198,10 +1482,7 @@ class Room:
 
     _SHARED = ("stays", "names", "looks", "keys", "sessions", "mail", "departed")
 
-    def __init__(
-        self, end: int = 0, bans: Iterable[Ban] = (), *, fmt: str = protocol.FORMAT, durable: bool
-    ) -> None:
-        self.fmt = fmt
+    def __init__(self, end: int = 0, bans: Iterable[Ban] = (), *, durable: bool) -> None:
         self.durable = durable  # what is stored outlives the server
         self.end = end  # the position of the next line
         self.time = 0.0  # the latest that an entry has brought
@@ -1315,19 +1596,19 @@ class Room:
         }  # fmt: skip
 
     def _decoded(self, lines: Iterable[tuple[int, bytes]]) -> list[list[Any]]:
-        return [[position, line.decode(self.fmt)] for position, line in lines]
+        return [[position, line.decode("utf-8")] for position, line in lines]
 
     @classmethod
-    def restored(cls, state: dict[str, Any], fmt: str) -> Room:
+    def restored(cls, state: dict[str, Any]) -> Room:
         """Return the room of which this is the state."""
-        room = cls(state["end"], [Ban(*ban) for ban in state["bans"]], fmt=fmt, durable=True)
+        room = cls(state["end"], [Ban(*ban) for ban in state["bans"]], durable=True)
         room.time, room.clock = state["time"], state["clock"]
         room.departed, room.number = dict(state["departed"]), state["number"]
         room.servers = dict(state["servers"])
         for stay in state["stays"]:
             room._enter(Stay(*stay))
         for key, (total, offered, kept, lines) in state["mail"].items():
-            mail = tuple((position, line.encode(fmt)) for position, line in lines)
+            mail = tuple((position, line.encode("utf-8")) for position, line in lines)
             size = sum(len(line) for _, line in mail)
             room.mail[key] = Mail(total, mail, size, kept_until=kept, offered=offered)
         room._set_deadline()
@@ -1528,7 +1809,7 @@ class Room:
         for session in self.sessions:
             self.effects.append(End(session, self.end, Ending.REPLACED, "the server begins anew"))
         kept = {name: getattr(self, name) for name in ("effects", "lines", "keeps", "is_shared")}
-        vars(self).update(vars(Room.restored(restored.state, self.fmt)), **kept)
+        vars(self).update(vars(Room.restored(restored.state)), **kept)
 
     def _noted(self, noted: Noted) -> None:
         for session in self.sessions:
@@ -1561,7 +1842,7 @@ class Room:
         if self.servers and mail.is_full():
             raise Refusal(protocol.NOT_READING.format(name=other.name))
         line = protocol.private(stay.name, whispered.text)
-        position, data = self.end, _encoded(line, self.fmt)
+        position, data = self.end, _encoded(line)
         self._answer(stay.session, protocol.sent_to(other.name, whispered.text))
         if other.session is not None:
             self.effects.append(ToOne(other.session, position, data))
@@ -1681,11 +1962,11 @@ class Room:
 
     def _answer(self, session: int | None, line: str) -> None:
         if session in self.sessions:
-            self.effects.append(ToOne(session, self.end, _encoded(line, self.fmt)))
+            self.effects.append(ToOne(session, self.end, _encoded(line)))
 
     def _announce(self, line: str) -> None:
         if self.keeps:
-            self.lines.append(line.encode(self.fmt))
+            self.lines.append(line.encode())
             self.end += 1
 
     def _of(self, entry: Any) -> Stay:
@@ -1711,251 +1992,14 @@ def _unkeyed(stay: Stay) -> str:
     return "" if stay.key or not stay.number >> SERVER_BITS else f"#{stay.number}"
 
 
-# --- Entries on their way ----------------------------------------------------
-
-
-class Outcome:
-    """What became of an entry: one thread waits for it, the broadcaster settles it, always."""
-
-    __slots__ = ("_settled", "value")
-
-    def __init__(self) -> None:
-        self.value: Any = Unforeseen(protocol.UNFORESEEN)  # should the round fail
-        self._settled = threading.Event()
-
-    def settle(self) -> None:
-        """Let the waiting thread have the value."""
-        self._settled.set()
-
-    def wait(self) -> Any:
-        """Return the value when it is settled, or raise it."""
-        self._settled.wait()
-        if isinstance(self.value, Exception):
-            raise self.value
-        return self.value
-
-
-class Handed(NamedTuple):
-    """An entry on its way, and what depends on it."""
-
-    entry: Entry
-    outcome: Outcome | None = None
-    output: Output | None = None  # of who claims a place: to follow the room if it is given
-    reserved: Gate | None = None  # where a line for one client has a place reserved
-    size: int = 0  # of that line, in bytes
-    is_ours: bool = False  # on several machines: it comes back from the log
-
-    @property
-    def lines(self) -> int:
-        """How many lines it counts in the queue."""
-        return len(self.entry.lines) if type(self.entry) is Said else 1
-
-
-class EntryLog:
-    """Entries in the order in which they were handed in; any thread, under its lock."""
-
-    def __init__(self, waker: Waker) -> None:
-        self._waker = waker
-        self._handed: list[Handed] = []  # not taken by a round yet
-        self._lines = 0  # in those
-        self._lines_taken = 0  # in entries whose round has not ended
-        self._taken = 0  # entries that rounds have taken
-        self._count = 0  # entries ever handed in
-        self._applied = 0  # entries whose round has ended
-        self._crowd: list[Gate] = []  # whose threads wait for space
-        self._closed = False  # nothing is handed in any more
-        self._ahead = -math.inf  # of the monotonic clock, the time: as far as it ever was
-        self._sessions = itertools.count(1)
-        self._lock = threading.Lock()  # guards all of the above but the waker and the sessions
-
-    def __len__(self) -> int:
-        """Return how many entries wait for a round."""
-        return len(self._handed)
-
-    @property
-    def lines(self) -> int:
-        """How many lines stand in entries whose round has not ended."""
-        return self._lines + self._lines_taken
-
-    def now(self) -> float:
-        """Return the time for an entry, in seconds since the epoch: it never goes back.
-
-        A clock that is set back would have what is kept for seconds kept for hours.
-        """
-        with self._lock:
-            wall = time.time()  # first: a wait between the two must not put it ahead
-            self._ahead = max(self._ahead, wall - time.monotonic())
-            return time.monotonic() + self._ahead
-
-    def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
-        """Append an entry and return its number; raise `Gone` when nothing counts any more.
-
-        With the gate of its author, wait first while too much waits here or there.
-        """
-        while not self._append(handed, gate):
-            assert gate is not None
-            gate.wait()
-        self._waker.wake()
-        return self._count
-
-    def _append(self, handed: Handed, gate: Gate | None) -> bool:
-        """Append an entry if there is space; else have the gate rung when there is."""
-        if gate is not None and not gate.is_open():
-            return False
-        with self._lock:
-            if self._closed:
-                raise Gone
-            if gate is not None and self.lines >= MAX_QUEUED:
-                self._crowd.append(gate)
-                return False
-            self._handed.append(handed)
-            self._lines += handed.lines
-            self._count += 1
-            return True
-
-    def is_applied(self, number: int) -> bool:
-        """Tell whether the round of an entry has ended."""
-        return number <= self._applied
-
-    def take(self) -> list[Handed]:
-        """Return what was handed in since the last round; the broadcaster's."""
-        with self._lock:
-            handed, self._handed = self._handed, []
-            self._taken = self._count
-            self._lines_taken += self._lines
-            self._lines = 0
-        return handed
-
-    def end_round(self) -> None:
-        """Count what was taken as done, and let those go on who wait for space."""
-        with self._lock:
-            self._applied = self._taken
-            self._lines_taken = 0
-            crowd, self._crowd = self._crowd, []
-        for gate in crowd:
-            gate.ring()
-
-    def new_session(self) -> int:
-        """Return the number of a connection that is new."""
-        return next(self._sessions)
-
-    def until(self, moment: float) -> float:
-        """Return the seconds until the room's clock comes to a moment of its own accord."""
-        return moment - self.now() if moment < math.inf else moment
-
-    def start(self) -> None:
-        """Be ready for entries."""
-        return
-
-    def stop(self) -> None:
-        """Be done; nothing is taken any more."""
-        return
-
-    def close(self) -> None:
-        """Take no more entries."""
-        with self._lock:
-            self._closed = True
-            crowd, self._crowd = self._crowd, []
-        for gate in crowd:
-            gate.ring()
-
-
-class Gate:
-    """Whether a client's thread may go on, and what waits for it alone; under its own lock.
-
-    It is open while the lines for this client alone are not too many, and closed for good
-    when nothing more of its input counts: replaced, put out, failed or shut down.
-    """
-
-    __slots__ = ("_bytes", "_changed", "_lines", "_released", "_rung", "closed")
-
-    def __init__(self) -> None:
-        self.closed = False  # for good
-        self._rung = False  # it may be worth looking again
-        self._released = False  # the broadcaster never touches the client again
-        self._lines = 0  # on their way to the client, or reserved for such
-        self._bytes = 0
-        self._changed = threading.Condition(threading.Lock())  # guards all; notified by `ring`
-
-    def is_open(self) -> bool:
-        """Tell whether there is space for more; raise `Gone` when closed for good."""
-        if self.closed:
-            raise Gone
-        return not self._is_full()
-
-    def reserve(self, size: int) -> bool:
-        """Count a line of `size` bytes unless too much waits already; tell whether it does."""
-        with self._changed:
-            if self._is_full():
-                return False
-            self._lines += 1
-            self._bytes += size
-            return True
-
-    def add(self, size: int) -> None:
-        """Count a line of `size` bytes, come what may."""
-        with self._changed:
-            self._lines += 1
-            self._bytes += size
-
-    def remove(self, lines: int, size: int) -> None:
-        """Count lines as sent."""
-        with self._changed:
-            was_full = self._is_full()
-            self._lines -= lines
-            self._bytes -= size
-        if was_full:
-            self.ring()
-
-    def wait(self) -> None:
-        """Wait until it may be worth looking again; raise `Gone` when closed for good."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._rung or self.closed)
-            self._rung = False
-        if self.closed:
-            raise Gone
-
-    def pause(self, seconds: float) -> None:
-        """Wait so long; raise `Gone` when closed meanwhile."""
-        with self._changed:
-            if self._changed.wait_for(lambda: self.closed, seconds):
-                raise Gone
-
-    def wait_released(self) -> None:
-        """Wait until the broadcaster has let go of the client."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._released)
-
-    def release(self) -> None:
-        """Let go of the client."""
-        with self._changed:
-            self._released = True
-            self._changed.notify_all()
-
-    def ring(self) -> None:
-        """Have the client's thread look again."""
-        with self._changed:
-            self._rung = True
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Let nothing pass any more."""
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
-
-    def _is_full(self) -> bool:
-        return self._lines >= OUTBOX_LINES or self._bytes >= OUTBOX_BYTES
-
-
 # --- The broadcaster ---------------------------------------------------------
 
 
 class Output:
     """What one client gets of the room: its cursor and what is under way to it.
 
-    The broadcaster's own from the client's `Begin` until it is `released`; only the
-    gate is also for others.
+    The broadcaster's own from the client's `Begin` until it is `released`.  The gate is
+    for others too, and before `Begin` a client that is turned away has its reason here.
     """
 
     __slots__ = (
@@ -1985,7 +2029,7 @@ class Output:
 
     def enqueue(self, position: int, line: bytes) -> None:
         """Put a line for this client alone behind the room's lines before a position."""
-        self.gate.add(len(line))
+        self.gate.add(1, len(line))
         self.outbox.append((position, line))
 
     def finish(self) -> None:
@@ -2022,19 +2066,19 @@ class Output:
 class Broadcaster:
     """One thread that applies entries to the room and sends everyone what follows.
 
-    All of it is this thread's own but for what other threads read: `room`, published
-    after each store, and `outputs`, in which they look for one output.
+    All of it is this thread's own but for `entries`, which others hand in, and what they
+    read: `room`, published after each store, and `outputs`, in which they look for one.
+    `stop` closes the entries and then sets `_stop_at`, once.
     """
 
     def __init__(self, history: History) -> None:
         self.history = history
-        self.room = Room(history.end, history.bans(), fmt=history.fmt, durable=history.durable)
+        self.room = Room(history.end, history.bans(), durable=history.durable)
         self.outputs: dict[int, Output] = {}  # by session, who is in the room
-        self._waker = Waker()
-        self.log = open_log(self, self._waker)
-        self._pager = Pager(history, self._waker)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._waker, selectors.EVENT_READ, None)
+        self._sockets = Sockets()
+        self._store = Store(history, self.room.bans)
+        self.entries = open_log(self, self._sockets.waker)
+        self._pager = Pager(history, self._sockets.waker)
         history.on_waiting = self._say_waiting
         self._following: list[Output] = []  # whom rounds serve: in the room, or parting
         self._due: set[Output] = set()  # whom the next round serves, new lines or not
@@ -2044,8 +2088,6 @@ class Broadcaster:
         # All before this position was offered to every client; while it is under the
         # history's end, a round is due.
         self._offered = history.end
-        self._keeps = True  # the last round was stored
-        self._bans_kept = self.room.bans  # as the history has them
         self._stop_at = math.inf  # when delivering is given up
         self._look_at = math.inf  # when to look for dead peers next
         self._thread = threading.Thread(target=self._run, name="broadcaster", daemon=True)
@@ -2054,23 +2096,24 @@ class Broadcaster:
         """Start the thread, and who reads the file for it."""
         self._thread.start()
         self._pager.start()
-        self.log.start()
+        self.entries.start()
 
     def stop(self) -> None:
         """Deliver what was handed in, tell everyone, and end the thread."""
-        self.log.close()
+        self.entries.close()
         self._stop_at = time.monotonic() + STOP_DELIVER
-        self._waker.wake()
+        self._sockets.waker.wake()
         self._thread.join(STOP_WAIT)
         self.history.give_up()
-        self._thread.join()
-        self.log.stop()
+        # A disk that does not answer must not hold up the end; its thread ends with the process.
+        self._thread.join(STOP_DELIVER - STOP_WAIT + 0.5)
+        self.entries.stop()
         self._pager.stop()
 
     def close(self) -> None:
-        """Give the descriptors back."""
-        self._waker.close()
-        self._selector.close()
+        """Give the descriptors back, unless the thread still has them."""
+        if not self._thread.is_alive():
+            self._sockets.close()
 
     # Rounds.
 
@@ -2097,10 +2140,11 @@ class Broadcaster:
                     time.sleep(ROUND)
         for output in self._following:
             output.release()
-        for handed in self.log.take():  # no round will come to it
+        for handed in self.entries.take():  # no round will come to it
             if handed.outcome is not None:
                 handed.outcome.value = Gone()
                 handed.outcome.settle()
+        self._sockets.close()
 
     def _wait(self) -> list[Output]:
         """Wait until something happened; return those whose sockets have room again."""
@@ -2109,17 +2153,17 @@ class Broadcaster:
             timeout = 0.0
         else:
             now = time.monotonic()
-            ends = [self._stop_at, self._look_at, now + self.log.until(self.room.deadline)]
+            ends = [self._stop_at, self._look_at, now + self.entries.until(self.room.deadline)]
             ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
                 timeout = max(0.0, min(first - now, LONGEST_WAIT))
-        return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
+        return self._sockets.wait(timeout)
 
     def _is_over(self) -> bool:
         """Tell whether the room has ended: all is delivered, or time is up."""
         if self._stop_at == math.inf:
             return False
-        return not (self.log or self._following) or time.monotonic() > self._stop_at
+        return not (self.entries or self._following) or time.monotonic() > self._stop_at
 
     def _round(self, writable: list[Output]) -> None:
         """Apply what was handed in, then let everyone have it.
@@ -2136,7 +2180,7 @@ class Broadcaster:
             if self._offered < end:
                 for first in range(0, len(self._following), SLICE):
                     # A commit for each slice would keep everyone waiting for the disk.
-                    if self.log and not self.history.durable:
+                    if self.entries and not self.history.durable:
                         self._apply_waiting()
                     self._send_slice(self._following[first : first + SLICE])
                     self._serve_due()
@@ -2153,70 +2197,69 @@ class Broadcaster:
             for outcome in outcomes:
                 outcome.settle()
             # Last: what counts against the flood's brake is what was served.
-            self.log.end_round()
+            self.entries.end_round()
 
     # Applying.
 
     def _apply_waiting(self) -> None:
         """Apply what was handed in, store its lines, and carry out what it means for each."""
-        self._waker.clear()  # before taking, or what comes in between wakes nobody
+        self._sockets.waker.clear()  # before taking, or what comes in between wakes nobody
         if self._pager.pages:
             self._take_pages()
-        batch = self.log.take()
+        batch = self.entries.take()
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
         self._claims = {handed.output.session: handed.output for handed in batch if handed.output}
-        if self.log.until(self.room.deadline) <= 0:
-            batch.append(Handed(Passed(self.log.now())))
+        if self.entries.until(self.room.deadline) <= 0:
+            batch.append(Handed(Passed(self.entries.now())))
         if batch:
-            room = self._applied(batch)
-            self.room = room  # from here on others read it
-            for effect in room.effects:
-                self._carry_out(effect)
-            for handed in batch:
-                if handed.reserved:
-                    handed.reserved.remove(1, handed.size)
-        if self._stop_at < math.inf and not self.log:
+            try:
+                self._apply(batch)
+            finally:
+                self._count_out(batch)
+        if self._stop_at < math.inf and not self.entries:
             self._say_goodbye()
 
-    def _applied(self, batch: list[Handed]) -> Room:
-        """Return the room as a batch leaves it, stored as far as it can be."""
-        room = self._judged(batch, keeps=True)
-        try:
-            self._store(room)
-        except Exception as error:
-            if self._keeps:
-                unforeseen = not isinstance(error, NotStored)
-                log.error("cannot store what is said: %s", error, exc_info=unforeseen)
-            self._keeps = False
-            return self._judged(batch, keeps=False)
-        if room.lines and not self._keeps:
-            log.info("what is said is stored again")
-            self._keeps = True
-        return room
-
-    def _judged(self, batch: list[Handed], *, keeps: bool) -> Room:
-        """Return a draft of the room to which a batch is applied, one entry after the other."""
-        room = self.room.draft(keeps=keeps)
-        for handed in batch:
-            value: Any = None
-            try:
-                value = room.apply(handed.entry)
-            except (Refusal, Farewell, Gone) as refusal:
-                value = refusal
-            except Exception:
-                log.exception("a fault in %s; the room goes on", type(handed.entry).__name__)
-                value = Unforeseen(protocol.UNFORESEEN)
-                room.do_without(handed.entry, self.room, is_awaited=handed.outcome is not None)
+    def _apply(self, batch: list[Handed]) -> None:
+        """Apply a batch to the room, store its lines, publish it, and carry out its effects."""
+        room, values = self._judged(batch, keeps=True)
+        if not self._store.keep(room):
+            room, values = self._judged(batch, keeps=False)
+        self.room = room  # from here on others read it
+        for handed, value in zip(batch, values, strict=True):
             if handed.outcome is not None:
                 handed.outcome.value = value
-        return room
+        for effect in room.effects:
+            self._carry_out(effect)
 
-    def _store(self, room: Room) -> None:
-        """Give a round's lines their positions, and keep the bans if they changed."""
-        bans = None if room.bans == self._bans_kept else list(room.bans)
-        if room.lines or bans is not None:
-            self.history.append(room.lines, bans)
-            self._bans_kept = room.bans
+    def _count_out(self, batch: list[Handed]) -> None:
+        """Count a batch as carried out; nobody who leaves in one that failed waits for ever."""
+        for handed in batch:
+            if handed.reserved:
+                handed.reserved.remove(handed.reserved_lines, handed.size)
+            if isinstance(handed.entry, (Left, Lost)):
+                output = self.outputs.get(handed.entry.session)
+                if output is not None:
+                    self._end(output, End(output.session, self.room.end, Ending.LEFT))
+                    self._due.add(output)
+
+    def _judged(self, batch: list[Handed], *, keeps: bool) -> tuple[Room, list[Any]]:
+        """Return a draft to which a batch is applied, one by one, and what became of each entry."""
+        room = self.room.draft(keeps=keeps)
+        return room, [self._value(room, handed) for handed in batch]
+
+    def _value(self, room: Room, handed: Handed) -> Any:
+        """Apply an entry to a draft of the room, and return what became of it."""
+        # On several machines all have it, and all have to judge it alike.
+        if handed.output is not None and handed.output.gate.closed and not handed.is_ours:
+            return Gone()  # turned away while its claim was on the way
+        try:
+            return room.apply(handed.entry)
+        except (Refusal, Farewell, Gone) as refusal:
+            return refusal
+        except Exception:
+            log.exception("a fault in %s; the room goes on", type(handed.entry).__name__)
+            room.do_without(handed.entry, self.room, is_awaited=handed.outcome is not None)
+            return Unforeseen(protocol.UNFORESEEN)
 
     def _carry_out(self, effect: Effect) -> None:
         """Do for one client what the room has decided; a fault in it ends that client alone."""
@@ -2241,19 +2284,15 @@ class Broadcaster:
         self.outputs[output.session] = output
         self._following.append(output)
         asked, end = begin.asked, begin.position
-        # `end` is not the history's any more if the round went on.
-        if asked.position is None:
-            start = end - asked.last
-        else:
-            start = asked.position if asked.position <= end else end - self.history.retained
-        output.position = start = min(max(start, self.history.oldest), end)
+        wanted = end - asked.last if asked.position is None else asked.position
+        output.position = start = self.history.start_for(wanted, end)
         lines = list(begin.greeting)
         if asked.wants_position:
             lines.append(protocol.at(start, asked.whispers))
         if begin.missed_private:
             lines.append(protocol.missed_private(begin.missed_private))
         for line in lines:
-            output.enqueue(start, _encoded(line, self.history.fmt))
+            output.enqueue(start, _encoded(line))
         output.whispers = output.confirmed = begin.whispers
         for position, data in begin.mail:
             output.enqueue(min(position, end), data)
@@ -2366,7 +2405,7 @@ class Broadcaster:
                     self._renew(output)
                 if not full:
                     output.finish()
-            self._watch(output, full)
+            self._sockets.watch(output, full)
         except Exception as error:
             self._fail(output, error)
         if output.has_ended() or (output.until is not None and full and not output.patience):
@@ -2394,7 +2433,7 @@ class Broadcaster:
     def _release(self, output: Output) -> None:
         """Let go of an output for good: its socket is its thread's to close."""
         with contextlib.suppress(Exception):
-            self._watch(output, False)
+            self._sockets.watch(output, False)
         if output.reason and not output.gate.closed:
             output.gate.close()
         if output.until is not None and output.gate.closed:
@@ -2409,7 +2448,7 @@ class Broadcaster:
         if not isinstance(error, OSError):
             log.error("session %d: a fault; it ends", output.session, exc_info=error)
         with contextlib.suppress(Exception):
-            self._watch(output, False)
+            self._sockets.watch(output, False)
         output.data, output.fetching = b"", False
         output.outbox.clear()
         output.end()
@@ -2447,14 +2486,6 @@ class Broadcaster:
         output.data = _encoded(protocol.missed(position - output.position))
         output.position = position
 
-    def _watch(self, output: Output, watched: bool) -> None:
-        """Have the selector tell when a full socket has room, or not any more."""
-        if watched and not output.watched:
-            self._selector.register(output.connection, selectors.EVENT_WRITE, output)
-        elif output.watched and not watched:
-            self._selector.unregister(output.connection)
-        output.watched = watched
-
     def _log_said(self, position: int) -> None:
         """Log the room's lines from a position on, when everyone has them."""
         if log.isEnabledFor(logging.DEBUG):
@@ -2465,6 +2496,59 @@ class Broadcaster:
                     log.debug("%s", protocol.escape(line, self.history.fmt))
 
 
+class Store:
+    """Keeps rounds in the history, and logs when that fails and when it works again."""
+
+    def __init__(self, history: History, bans: tuple[Ban, ...]) -> None:
+        self.history = history
+        self._bans = bans  # as the history has them
+        self._works = True  # the last round was kept
+
+    def keep(self, room: Room) -> bool:
+        """Give a round's lines their positions, and keep changed bans; tell if it was possible."""
+        bans = None if room.bans == self._bans else list(room.bans)
+        try:
+            if room.lines or bans is not None:
+                self.history.append(room.lines, bans)
+                self._bans = room.bans
+        except Exception as error:
+            if self._works:
+                unforeseen = not isinstance(error, NotStored)
+                log.error("cannot store what is said: %s", error, exc_info=unforeseen)
+            self._works = False
+            return False
+        if room.lines and not self._works:
+            log.info("what is said is stored again")
+            self._works = True
+        return True
+
+
+class Sockets:
+    """What the broadcaster waits for: its waker, and sockets that were full."""
+
+    def __init__(self) -> None:
+        self.waker = Waker()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.waker, selectors.EVENT_READ, None)
+
+    def wait(self, timeout: float | None) -> list[Output]:
+        """Wait until something happened; return those whose sockets have room again."""
+        return [key.data for key, _ in self._selector.select(timeout) if key.data is not None]
+
+    def watch(self, output: Output, watched: bool) -> None:
+        """Have it told when a full socket has room, or not any more."""
+        if watched and not output.watched:
+            self._selector.register(output.connection, selectors.EVENT_WRITE, output)
+        elif output.watched and not watched:
+            self._selector.unregister(output.connection)
+        output.watched = watched
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self.waker.close()
+        self._selector.close()
+
+
 class Pager:
     """Reads from the file for who is behind, in a thread of its own."""
 
@@ -2473,6 +2557,7 @@ class Pager:
         self.pages: deque[tuple[Output, int, list[bytes]]] = deque()  # read, for the broadcaster
         self._waker = waker
         self._wanted: queue.SimpleQueue[tuple[Output, int, int] | None] = queue.SimpleQueue()
+        self._ends = False
         self._thread = threading.Thread(target=self._run, name="pager", daemon=True)
 
     def start(self) -> None:
@@ -2480,16 +2565,17 @@ class Pager:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread; what is still wanted is read for nobody."""
+        self._ends = True
         self._wanted.put(None)
-        self._thread.join()
+        self._thread.join(STOP_CLOSE)
 
     def ask(self, output: Output, position: int, end: int) -> None:
         """Have lines from a position up to `end` read, as many as fit a page."""
         self._wanted.put((output, position, end))
 
     def _run(self) -> None:
-        while (wanted := self._wanted.get()) is not None:
+        while (wanted := self._wanted.get()) is not None and not self._ends:
             output, position, end = wanted
             try:
                 start, lines = self.history.fetch(position, end)
@@ -2570,7 +2656,7 @@ def _help(client: Client, argument: str) -> list[str]:
 
 @command("names")
 def _names(client: Client, argument: str) -> None:
-    client.broadcast(Asked(client.session, "names"))
+    client.request(Asked(client.session, "names"))
 
 
 @command("me")
@@ -2637,7 +2723,7 @@ def _search(client: Client, argument: str) -> list[str]:
 
 @command("quit")
 def _quit(client: Client, argument: str) -> None:
-    raise Farewell("/quit", protocol.BYE)
+    raise Farewell("/quit", protocol.BYE, for_good=True)
 
 
 # What operators do.  Whether somebody is one is looked at here so that they are told before
@@ -2666,7 +2752,7 @@ def _op(client: Client, argument: str) -> list[str] | None:
 @command("kick")
 def _kick(client: Client, argument: str) -> None:
     name, reason = _first(argument)
-    client.broadcast(Kicked(client.session, _find(client, name).number, reason))
+    client.request(Kicked(client.session, _find(client, name).number, reason))
 
 
 @command("ban")
@@ -2677,22 +2763,22 @@ def _ban(client: Client, argument: str) -> None:
         if re.match(r"-?\d", minutes):
             raise Usage
         minutes, reason = "", rest
-    now = client.server.broadcaster.log.now()
+    now = client.server.broadcaster.entries.now()
     until = now + 60 * int(minutes) if minutes else 0.0
     name = protocol.check_name(name)
-    client.broadcast(Banned(client.session, name, until, reason.strip(), now))
+    client.request(Banned(client.session, name, until, reason.strip(), now))
 
 
 @command("unban")
 def _unban(client: Client, argument: str) -> None:
     if not argument:
         raise Usage
-    client.broadcast(Unbanned(client.session, argument))
+    client.request(Unbanned(client.session, argument))
 
 
 @command("bans")
 def _bans(client: Client, argument: str) -> None:
-    client.broadcast(Asked(client.session, "bans"))
+    client.request(Asked(client.session, "bans"))
 
 
 # --- Histories: memory, then file ---------------------------------------------
@@ -2782,15 +2868,15 @@ class History:
         """The first position that can be had, if not by `read` then by `fetch`."""
         return self.first
 
-    def start_for(self, position: int) -> int:
-        """Return where a reader starts that asks for all from `position` on.
+    def start_for(self, position: int, end: int) -> int:
+        """Return where a reader starts that asks for all from `position` on, before `end`.
 
         A position beyond the end was given by another history, such as that of a room
         whose clock was ahead: what this one holds is all new to such a reader.
         """
-        if position > self.end:
-            return max(self.oldest, self.end - self.retained)
-        return max(self.oldest, position)
+        if position > end:
+            position = end - self.retained
+        return min(end, max(self.oldest, position))
 
     def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
         """Give lines their positions, and keep a changed list of bans; raise `NotStored`."""
@@ -2917,7 +3003,7 @@ class FileHistory(History):
 
     def __init__(self, path: str, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
         super().__init__(fmt, retained)
-        self._place = Place(path)
+        self._place = HeldFile(path)
         with contextlib.ExitStack() as opened:  # closed again should something fail
             opened.callback(self._place.leave)
             try:
@@ -3027,7 +3113,7 @@ class FileHistory(History):
         self._place.leave()
 
 
-class Place:
+class HeldFile:
     """The history's file and the log beside it: ours alone, and still where they were.
 
     SQLite writes on into a file that was moved or removed, and nobody will find there
@@ -3150,7 +3236,7 @@ class Writer:
     """Puts the room's lines into the file; the broadcaster's thread alone stores."""
 
     def __init__(
-        self, place: Place, fmt: str, ending: threading.Event, on_waiting: Callable[[bool], None]
+        self, place: HeldFile, fmt: str, ending: threading.Event, on_waiting: Callable[[bool], None]
     ) -> None:
         database = sqlite3.connect(
             place.path, timeout=1, isolation_level=None, check_same_thread=False
@@ -3165,6 +3251,7 @@ class Writer:
         self._fmt = fmt
         self._ending = ending  # no wait for other programs any more
         self._on_waiting = on_waiting
+        self._refused: int | None = None  # from here on, lines that must not stay in the file
 
     def store(self, position: int, lines: list[bytes], bans: Sequence[Ban] | None) -> None:
         """Commit lines from `position` on, and a changed list of bans; raise `NotStored`."""
@@ -3173,11 +3260,13 @@ class Writer:
             with self._access.inside() as database:
                 try:
                     self._begin(database)
+                    self._take_back(database)
                     self._insert(database, position, lines)
                     if bans is not None:
                         database.execute("DELETE FROM bans")
                         database.executemany("INSERT INTO bans VALUES (?, ?, ?, ?, ?)", bans)
                     database.execute("COMMIT")
+                    self._refused = None
                 except BaseException:
                     with contextlib.suppress(sqlite3.Error):
                         database.rollback()
@@ -3223,9 +3312,17 @@ class Writer:
         try:
             self._place.check()
         except NotStored:
-            with contextlib.suppress(sqlite3.Error):
-                database.execute("DELETE FROM lines WHERE position >= ?", (position,))
+            self._refused = position
+            with contextlib.suppress(sqlite3.Error):  # then with the next lines
+                self._take_back(database)
             raise
+
+    def _take_back(self, database: sqlite3.Connection) -> None:
+        """Take out the lines that were refused to their authors after they were committed."""
+        if self._refused is not None:
+            database.execute("DELETE FROM lines WHERE position >= ?", (self._refused,))
+            if not database.in_transaction:
+                self._refused = None
 
     def close(self, deadline: float) -> None:
         """Take the log over into the file, also if another program has it open, and close."""
@@ -3271,7 +3368,7 @@ def _read_only(path: str) -> sqlite3.Connection:
     return sqlite3.connect(f"{uri}?mode=ro", timeout=1, uri=True, check_same_thread=False)
 
 
-def _check_file(place: Place, fmt: str) -> tuple[int | None, int | None]:
+def _check_file(place: HeldFile, fmt: str) -> tuple[int | None, int | None]:
     """Return the first and the last position in a file, if it has any.
 
     Raise `HistoryError` unless this version can go on with it.  It is looked at without
@@ -3400,24 +3497,24 @@ def _parsed(text: str) -> Any:
     return json.loads(text)
 
 
-def encode_entries(entries: Iterable[Any], fmt: str) -> str:
+def encode_entries(entries: Iterable[Any]) -> str:
     """Return entries as a row has them."""
     rows: list[list[Any]] = []
     for entry in entries:
         fields = [_TAGS[type(entry)], *entry]
         if type(entry) is Said:  # as nearly all are
-            fields[2] = b"\n".join(entry.lines).decode(fmt)
+            fields[2] = b"\n".join(entry.lines).decode("utf-8")
         rows.append(fields)
     return _json(rows)
 
 
-def decode_entries(text: str, fmt: str) -> list[Any]:
+def decode_entries(text: str) -> list[Any]:
     """Return the entries of a row."""
     entries: list[Any] = []
     for tag, *fields in _parsed(text):
         kind = _SHARED_KINDS[tag]
         if kind is Said:
-            fields[1] = fields[1].encode(fmt).split(b"\n")
+            fields[1] = fields[1].encode("utf-8").split(b"\n")
         elif kind is Claim:
             fields[1] = Introduction(*fields[1])
         entries.append(kind(*fields))
@@ -3433,9 +3530,8 @@ class Follower:
     `is_free`.  Each name is used for one part only.
     """
 
-    def __init__(self, server: int, fmt: str, former: int = 0) -> None:
+    def __init__(self, server: int, former: int = 0) -> None:
         self.server = server
-        self.fmt = fmt
         self.number: int | None = None  # of the last row that was given to be applied
         self._last: tuple[int, int] | None = None  # its server and batch
         self._batch = 0
@@ -3468,7 +3564,7 @@ class Follower:
         self._batch += 1
         self._under_way = [one._replace(entry=undated(one.entry)) for one in handed]
         shared = (one.entry for one in self._under_way if is_shared(one.entry))
-        self._text = encode_entries(shared, self.fmt)
+        self._text = encode_entries(shared)
 
     def connected(self) -> None:
         """Know that what comes next comes on a new connection, maybe from another database.
@@ -3525,7 +3621,7 @@ class Follower:
                 handed += self._under_way or ()
                 self._under_way = None
             else:
-                handed += map(Handed, decode_entries(row.entries, self.fmt))
+                handed += map(Handed, decode_entries(row.entries))
             self.number, self._last = row.number, (row.server, row.batch)
         return handed
 
@@ -3824,7 +3920,7 @@ def _make_tables(database: Database, fmt: str) -> None:
         database.execute(statement)
     database.execute("INSERT INTO chat.room VALUES (0, 0, $1, $2)", RULES, fmt)
     now = time.time()
-    state = Room(int(now * 1000), fmt=fmt, durable=True).state()
+    state = Room(int(now * 1000), durable=True).state()
     database.execute(
         "INSERT INTO chat.points VALUES (0, $1, $2, $3)", now, state["end"], _json(state)
     )
@@ -4073,6 +4169,7 @@ class SharedLog(EntryLog):
         """Say that this server ends, if the database is there, and end the threads."""
         if self._scribe.stop():
             self._waker.close()
+        self.drop(self.gather(is_due=True) or [], Gone())
         self._keeper.stop()
 
     # For the broadcaster.
@@ -4154,7 +4251,7 @@ class SharedLog(EntryLog):
         self.forget(handed)
         for one in handed:
             if one.reserved is not None:
-                one.reserved.remove(1, one.size)
+                one.reserved.remove(one.reserved_lines, one.size)
             if one.outcome is not None:
                 one.outcome.value = why
                 one.outcome.settle()
@@ -4195,7 +4292,7 @@ class Scribe:
         self._history = history
         self._keeper = keeper
         self._database = Database(history.address)
-        self._follower = Follower(_fresh_name(), history.fmt)
+        self._follower = Follower(_fresh_name())
         self._begun_at = 0.0  # when the last round was
         self._silent_since: float | None = None  # when the database was last well
         self._is_lost = False  # that it is not was logged
@@ -4230,6 +4327,12 @@ class Scribe:
     # The thread.
 
     def _run(self) -> None:
+        try:
+            self._go_on()
+        finally:  # no round will come to what is left
+            self._drop_all(self._follower)
+
+    def _go_on(self) -> None:
         while not self._ending.is_set():
             try:
                 self._follow()
@@ -4353,7 +4456,7 @@ class Scribe:
         """Be another server from now on: nothing that was handed in before counts."""
         log.warning("%s", why)
         former = self._follower
-        self._follower = Follower(_fresh_name(), self._history.fmt, former.server)
+        self._follower = Follower(_fresh_name(), former.server)
         self._drop_all(former)
 
     def _drop_all(self, former: Follower) -> None:

@@ -289,7 +289,7 @@ def session_of(server: ChatServer, name: str) -> int:
 def hand_in(server: ChatServer, *entries: Entry) -> None:
     """Have things happen without a client."""
     for entry in entries:
-        server.broadcaster.log.hand_in(Handed(entry))
+        server.broadcaster.entries.hand_in(Handed(entry))
 
 
 def kick(server: ChatServer, name: str, by: str, reason: str) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from chat import DEADLINE
 
-from client import ChatClient, Notice
+import protocol
+from client import ChatClient, Mark, Notice
 from protocol import Line
 
 HOST = "127.0.0.1"
@@ -53,8 +54,12 @@ class Shown:
 
     @property
     def notices(self) -> list[str]:
-        """What the client itself had to say."""
-        return [item.text for item in self.items if isinstance(item, Notice)]
+        """What the client itself had to say, without its marks."""
+        return [
+            item.text
+            for item in self.items
+            if isinstance(item, Notice) and not isinstance(item, Mark)
+        ]
 
     def wait_for(self, wanted: str) -> None:
         """Wait until a text is shown that holds a wanted one."""
@@ -126,12 +131,23 @@ def pretended(talk: Talk) -> Iterator[int]:
 
 def greet(sock: socket.socket, *lines: bytes) -> None:
     """Let a client in, tell it who is here, and send lines."""
+    name = enter(sock)
+    sock.sendall(f"-> 1 here: {name}\n".encode() + b"".join(lines))
+
+
+def enter(sock: socket.socket) -> str:
+    """Let a client in, or back in, and wait for its own /names; return its name."""
     sock.sendall(b"NICK\n")
-    name = read_line(sock).split()[0].decode()
-    sock.sendall(f"-> Welcome, {name}!\n-> at 1\n* {name} joined the chat\n".encode())
+    asked = protocol.introduction(read_line(sock).decode())
+    name = asked.name
+    if asked.position is None:
+        sock.sendall(f"-> Welcome, {name}!\n-> at 1\n* {name} joined the chat\n".encode())
+    else:
+        at = protocol.at(asked.position, asked.whispers)
+        sock.sendall(f"-> Welcome back, {name}!\n{at}\n".encode())
     while read_line(sock) != b"/names":
         pass
-    sock.sendall(f"-> 1 here: {name}\n".encode() + b"".join(lines))
+    return name
 
 
 def read_line(sock: socket.socket) -> bytes:

@@ -110,8 +110,8 @@ def test_waits_for_its_receipts() -> None:
         ("build: x\nbob: y\n", ["build: build: x", "build: bob: y"]),
         (" indented\ta tab \n", ["build:  indented a tab "]),
         ("x" * 997 + "\n", ["build: " + "x" * 997]),
-        ("one\n/quit\ntwo\n", ["build: one"]),
-        ("one\n/QUIT\ntwo\n", ["build: one"]),
+        ("one\n/quit\n", ["build: one"]),
+        ("one\n/QUIT\n\n", ["build: one"]),
         ("/help\n/nick built\none\n", ["* build is now built", "built: one"]),
         ("", []),
     ],
@@ -303,23 +303,128 @@ def test_signal_before_anybody_answers() -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("listen", [[], ["--listen"]], ids=["", "listen"])
 @pytest.mark.parametrize("shared", [False, True], ids=["output", "output and errors"])
-def test_reader_that_goes_away(shared: bool) -> None:
-    """When nobody reads what it shows, as behind `head`, it leaves without a word."""
+def test_reader_that_goes_away(shared: bool, listen: list[str]) -> None:
+    """When nobody reads what it shows, as behind `head`, it says the rest and leaves."""
     with run_chat() as server:
         bob = Peer(server.port).join("bob")
         reading, writing = os.pipe()
         errors = writing if shared else subprocess.PIPE
-        process = start(server.port, "--name", "alice", stdout=writing, stderr=errors)
+        process = start(server.port, "--name", "alice", *listen, stdout=writing, stderr=errors)
         with process:
+            assert process.stdin
             os.close(writing)
             bob.expect("* alice joined the chat")
             wait_until(lambda: os.read(reading, 4096))
             os.close(reading)
             bob.send("anybody?")
+            bob.expect("bob: anybody?")
+            process.stdin.write(b"one\ntwo\n")
+            process.stdin.flush()
+            bob.expect("alice: one", "alice: two")
+            process.stdin.write(b"three\n")
+            process.stdin.close()
             assert process.wait(DEADLINE) == 0
             assert not process.stderr or process.stderr.read() == b""
-        bob.expect("bob: anybody?", "* alice left the chat")
+        bob.expect("alice: three", "* alice left the chat")
+
+
+def test_listener_whose_reader_goes_away() -> None:
+    """With --listen and nothing more to say, it leaves when nobody reads what it shows."""
+    with run_chat() as server:
+        bob = Peer(server.port).join("bob")
+        reading, writing = os.pipe()
+        with start(server.port, "--name", "ear", "--listen", stdout=writing) as process:
+            os.close(writing)
+            assert process.stdin
+            process.stdin.close()
+            bob.expect("* ear joined the chat")
+            wait_until(lambda: os.read(reading, 4096))
+            os.close(reading)
+            bob.send("anybody?")
+            assert process.wait(DEADLINE) == 0
+        bob.expect("bob: anybody?", "* ear left the chat")
+
+
+@pytest.mark.parametrize("options", [(), ("--listen",)])
+def test_output_that_cannot_be_written(options: tuple[str, ...]) -> None:
+    """A full disk behind it is a failure, and all lines are said all the same."""
+    with run_chat() as server, open("/dev/full", "wb") as full:
+        bob = Peer(server.port).join("bob")
+        command = [*CLIENT, "--port", str(server.port), "--name", "x", *options]
+        done = subprocess.run(
+            command,
+            input=b"a\nb\nc\n",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            timeout=DEADLINE,
+        )
+        assert done.returncode == 1
+        assert "cannot write to standard output: No space" in one_line(done.stderr.decode())
+        bob.expect("* x joined the chat", "x: a", "x: b", "x: c", "* x left the chat")
+
+
+def test_all_is_said_when_the_reader_goes() -> None:
+    """Two thousand lines into `head -1` are all said."""
+    with run_chat() as server:
+        bob = Peer(server.port).join("bob")
+        reading, writing = os.pipe()
+        with start(server.port, "--name", "x", stdout=writing) as process:
+            os.close(writing)
+            assert process.stdin
+            bob.expect("* x joined the chat")
+            os.close(reading)
+            process.stdin.write(b"".join(b"%d\n" % number for number in range(2000)))
+            process.stdin.close()
+            bob.expect(*(f"x: {number}" for number in range(2000)))
+            assert process.wait(DEADLINE) == 0
+
+
+def test_lines_behind_quit_are_a_failure() -> None:
+    """What stands behind /quit is not said, and the status tells."""
+    with run_chat() as server:
+        bob = Peer(server.port).join("bob")
+        done = say("one\n/quit\ntwo\n", "--name", "x", port=server.port)
+        assert done.returncode == 1
+        assert "behind /quit" in one_line(done.stderr)
+        bob.expect("* x joined the chat", "x: one", "* x left the chat")
+
+
+def test_quit_in_input_that_goes_on() -> None:
+    """A /quit leaves at once, also when the end of the input does not come."""
+    with run_chat() as server, start(server.port, "--name", "x") as process:
+        assert process.stdin
+        process.stdin.write(b"/quit\n")
+        process.stdin.flush()
+        assert process.wait(DEADLINE) == 0
+
+
+def test_verbatim() -> None:
+    """With --verbatim no line is a command."""
+    text = ["/quit", "/help", "//x", "/nick rob", "/", "plain", "/op secret"]
+    with run_chat() as server:
+        bob = Peer(server.port).join("bob")
+        done = say("\n".join(text), "--name", "x", "--verbatim", port=server.port)
+        assert (done.returncode, done.stderr) == (0, "")
+        bob.expect("* x joined the chat", *(f"x: {line}" for line in text), "* x left the chat")
+
+
+def test_errors_closed() -> None:
+    """With standard error closed, what the client itself has to say is not in its output."""
+    with run_chat() as server:
+        command = " ".join([*CLIENT, "--port", str(server.port), "--name", "x", "2>&-"])
+        done = subprocess.run(
+            ["sh", "-c", command],
+            input="grün\nfine\n".encode(),
+            capture_output=True,
+            env=environment(),
+            timeout=DEADLINE,
+        )
+        assert done.returncode == 1
+        assert b"client.py" not in done.stdout
+        assert b"x: fine\n" in done.stdout
 
 
 def test_slow_reader_of_the_output() -> None:
@@ -550,7 +655,7 @@ def test_no_escape_sequences_in_a_pipe() -> None:
         assert done.returncode == 0
         assert "\x1b" not in done.stdout
         assert "\a" not in done.stdout
-        assert re.search(r"^\d\d:\d\d bob: alice, hello$", done.stdout, re.MULTILINE)
+        assert re.search(r"^bob: alice, hello$", done.stdout, re.MULTILINE)
         assert re.search(r"^\d\d:\d\d alice: hello$", done.stdout, re.MULTILINE)
 
 
@@ -607,8 +712,8 @@ def test_bot_that_stops_listening(monkeypatch: pytest.MonkeyPatch) -> None:
         in_time = ended.wait(3.0)
         if not in_time:  # let go of it, come what may
             monkeypatch.setattr(client, "MAX_WAITING", 1000)
-            with chat._queues:
-                chat._queues.notify_all()
+            chat.outgoing.end()
+            chat._inbox.end()
         thread.join()
         assert in_time
         bob.expect("bob: go", *(f"bot: {number}" for number in range(30)))

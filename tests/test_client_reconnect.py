@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 from chat import Peer, no_leaks, room_lines, run_chat, wait_until
-from clients import Shown, chatting, flush
+from clients import Shown, chatting, enter, flush, pretended, read_line, read_to_end
 from proxy import CHUNK, CLOSE, DOWN, GHOST, RESET, STALL, UP, Direction, Fault, How, Proxy
 
 import client
+import protocol
 import server
 from client import ChatClient
 from server import ChatServer
@@ -89,6 +91,52 @@ def test_cut_again_while_catching_up() -> None:
     assert not failures(lambda offset: converse([first, Fault(DOWN, offset, CLOSE)]), every)
 
 
+CROWD = ["alice", *(f"person{number:03}" for number in range(149))]
+
+
+def cut_roll_call(offset: int) -> None:
+    """Break off so far into the answer to a client's own /names; it must come back and speak."""
+    answer = "".join(line + "\n" for line in protocol.here(CROWD, len(CROWD))).encode()
+    cuts = [answer[:offset]]  # of the first connection
+
+    def talk(sock: socket.socket) -> None:
+        enter(sock)
+        sock.sendall(cuts[0] if cuts else answer)
+        if cuts:
+            cuts.clear()
+            return
+        said = read_line(sock)
+        sock.sendall(said + b"\n")
+        read_to_end(sock)
+
+    with pretended(talk) as port, chatting(port) as (chat, shown):
+        shown.wait_for("connection lost")
+        chat.send("hello")
+        flush(chat)
+        shown.wait_for("alice: hello")
+        assert sorted(chat.present) == sorted(CROWD)
+        assert shown.texts[-1] == "alice: hello"
+
+
+def test_cut_at_every_byte_of_the_names() -> None:
+    """Broken off in the several lines of who is here, a client hears and speaks when it is back."""
+    lines = protocol.here(CROWD, len(CROWD))
+    assert len(lines) > 1
+    assert not failures(cut_roll_call, range(sum(map(len, lines)) + len(lines)))
+
+
+def test_kicked_person_is_not_present() -> None:
+    """Somebody who was kicked is gone from who is here, and so from what Tab completes."""
+    with run_chat(op_password="secret") as room, chatting(room.port) as (chat, shown):
+        bob, carol = Peer(room.port).join("bob"), Peer(room.port).join("carol")
+        shown.wait_for("* carol joined the chat")
+        carol.send("/op secret", "/kick bob enough")
+        shown.wait_for("* bob was kicked by carol: enough")
+        assert chat.present == ["carol", "alice"]
+        bob.close()
+        carol.close()
+
+
 def test_single_bytes() -> None:
     """A conversation that trickles in byte by byte is the same one."""
     with no_leaks():
@@ -120,7 +168,7 @@ def test_ghost_gives_its_name_back() -> None:
         chat.send("still me")
         assert bob.next_line() == "alice: still me"
         assert shown.notices[0] == "connection lost; trying again"
-        assert re.fullmatch(r"back after \d+ s, 0 lines missed", shown.notices[1])
+        assert re.fullmatch(r"back after \d+ s", shown.notices[1])
 
 
 def test_stalled_echo_is_no_second_line() -> None:
@@ -165,7 +213,7 @@ def test_missed_lines_are_counted_and_shown_once() -> None:
         shown.wait_for("bob: live")
         [notice] = [index for index, text in enumerate(shown.texts) if "back after" in text]
         assert re.fullmatch(r"-- back after \d+ s, 7 lines missed --", shown.texts[notice])
-        assert shown.texts[notice + 1 :] == [*said, "bob: live"]
+        assert shown.texts[notice + 1 :] == [*said, f"-- {client.WHILE_AWAY.text} --", "bob: live"]
 
 
 def test_one_missed_line_is_one_line() -> None:
@@ -199,7 +247,7 @@ def test_restarted_server_without_memory() -> None:
         chat.send("heard")
         bob.expect("alice: heard")
         chat.send("lost")
-        wait_until(lambda: len(chat._unconfirmed) == 2)  # not waiting any more, so sent
+        wait_until(lambda: len(chat.outgoing._sent) == 2)  # not waiting any more, so sent
         wait_until(lambda: proxy.links[0].dead)
         proxy.server = reborn.port
         proxy.go_away()

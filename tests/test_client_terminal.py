@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 import signal
 import socket
 import sys
-import termios
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from pathlib import Path
 
 import pytest
 from chat import DEADLINE, Peer, kick, no_leaks, run_chat
 from clients import ROOT, environment, greet, pretended, read_to_end
 from proxy import GHOST, Proxy
+from screens import CTRL_C, CTRL_D, KINDS, LEFT, UP, Open, assert_sane, enter, opener, prompts
 from terminal import Screen, Terminal
 
 from server import ChatServer
-
-pytest.importorskip("readline")
-
-UP, LEFT, CTRL_A, CTRL_C, CTRL_D, CTRL_E = "\x1b[A", "\x1b[D", "\x01", "\x03", "\x04", "\x05"
 
 
 @pytest.fixture(autouse=True)
@@ -33,76 +27,10 @@ def nothing_left() -> Iterator[None]:
         yield
 
 
-class Open(Protocol):
-    """Opens a client on a terminal."""
-
-    def __call__(
-        self, port: int, *options: str, rows: int = ..., columns: int = ..., **env: str
-    ) -> Terminal:
-        """Open one; without options it is alice's."""
-
-
-@pytest.fixture(params=["prompt_toolkit", "readline"])
+@pytest.fixture(params=KINDS)
 def opened(request: pytest.FixtureRequest) -> Open:
     """Open clients with prompt_toolkit, or without any package that is installed."""
-    if request.param == "prompt_toolkit" and not importlib.util.find_spec("prompt_toolkit"):
-        pytest.skip("prompt_toolkit is not installed")
-    bare = ["-S"] if request.param == "readline" else []
-
-    def open_one(
-        port: int, *options: str, rows: int = 14, columns: int = 60, **env: str
-    ) -> Terminal:
-        command = [sys.executable, *bare, str(ROOT / "client.py"), "--port", str(port)]
-        return Terminal(
-            [*command, *(options or ("--name", "alice"))],
-            rows,
-            columns,
-            env=environment(INPUTRC=os.devnull, **env),
-        )
-
-    return open_one
-
-
-def assert_sane(terminal: Terminal) -> None:
-    """See that a shell could go on in the terminal."""
-    wanted = termios.ECHO | termios.ICANON | termios.ISIG
-    assert terminal.termios()[3] & wanted == wanted, "the terminal is left raw"
-    assert terminal.screen.cursor_visible
-    assert not terminal.screen.bracketed_paste
-
-
-def prompts(typed: str, columns: int = 60, cursor: int | None = None) -> Prompts:
-    """Return a condition: the prompt stands there with a half-typed text, and the cursor in it."""
-    return Prompts("alice> " + typed, columns, cursor)
-
-
-class Prompts:
-    """The condition that a prompt stands on the screen, wrapped as it has to be, once."""
-
-    def __init__(self, text: str, columns: int, cursor: int | None) -> None:
-        self.rows = [text[at : at + columns] for at in range(0, len(text), columns)]
-        place = len(text) if cursor is None else len("alice> ") + cursor
-        self.cursor = divmod(place, columns)
-
-    def __call__(self, screen: Screen) -> bool:
-        """Tell whether it holds."""
-        starts = [row for row, line in enumerate(screen.lines) if line.startswith("alice>")]
-        if len(starts) != 1:
-            return False
-        [start] = starts
-        found = screen.lines[start : start + len(self.rows)]
-        place = (screen.cursor[0] - start, screen.cursor[1])
-        return found == [row.rstrip() for row in self.rows] and place == self.cursor
-
-    def __repr__(self) -> str:
-        return f"a prompt {self.rows} with the cursor at {self.cursor}"
-
-
-def enter(terminal: Terminal, peer: Peer) -> None:
-    """Wait until alice is in the room and can type."""
-    peer.expect_eventually("* alice joined the chat")
-    terminal.wait_for("* alice joined the chat")
-    terminal.wait_for(prompts("", terminal.screen.columns))
+    return opener(request.param)
 
 
 @pytest.fixture
@@ -164,10 +92,16 @@ def test_name_is_asked_for_again(opened: Open) -> None:
         assert server.names == ["bob", "alice"]
 
 
-@pytest.mark.parametrize("keys", [CTRL_C, CTRL_D, "/quit\r", "/QUIT\r", "/quit now\r"], ids=repr)
-def test_keys_that_leave(terminal: Terminal, bob: Peer, keys: str) -> None:
-    """Ctrl-C and Ctrl-D on an empty line, and /quit, leave the room and a sane terminal."""
-    terminal.type(keys)
+@pytest.mark.parametrize(
+    "keys", [(CTRL_C, CTRL_C), CTRL_D, "/quit\r", "/QUIT\r", "/quit now\r"], ids=repr
+)
+def test_keys_that_leave(terminal: Terminal, bob: Peer, keys: str | tuple[str, str]) -> None:
+    """Ctrl-C twice or Ctrl-D on an empty line, and /quit, leave the room and a sane terminal."""
+    terminal.type(keys[0] if isinstance(keys, tuple) else keys)
+    if isinstance(keys, tuple):
+        terminal.wait_for("-- Ctrl-C again, Ctrl-D or /quit leaves --")
+        terminal.wait_for(prompts(""))
+        terminal.type(keys[1])
     assert terminal.wait() == 0
     bob.expect("* alice left the chat")
     assert_sane(terminal)
@@ -304,7 +238,7 @@ def test_keys_typed_while_lines_pour_in(terminal: Terminal, bob: Peer) -> None:
     terminal.type("\r")
     bob.expect_eventually("alice: " + "".join(words))
     terminal.wait_for("news 29-9.")
-    terminal.wait_for(lambda screen: "alice: w0w1w2" in screen.text())
+    terminal.wait_for(lambda screen: "alice:\nw0w1w2" in screen.text())
     terminal.wait_for(prompts(""))
     shown = re.findall(r"^bob: news (\d+-\d+)\.$", terminal.screen.text(), re.MULTILINE)
     assert shown == [f"{number}-{part}" for number in range(30) for part in range(10)]
@@ -313,12 +247,12 @@ def test_keys_typed_while_lines_pour_in(terminal: Terminal, bob: Peer) -> None:
 
 def test_sent_line_stands_once_and_comes_back_with_up(terminal: Terminal, bob: Peer) -> None:
     """What was sent stands on the screen as the room said it, once, and Up recalls it."""
-    for text in ("hello", "x" * 100):
+    for text in ("hello", "words " * 20):
         terminal.type(f"{text}\r")
         bob.expect(f"alice: {text}")
         terminal.wait_for("alice: " + text[:40])
         terminal.wait_for(prompts(""))
-        assert terminal.screen.text().replace("\n", "").count(text) == 1
+        assert re.sub(r"\n( {4})?", " ", terminal.screen.text()).count(text.strip()) == 1
         assert "alice> " + text[:5] not in terminal.screen.text()
     terminal.type(UP + UP)
     terminal.wait_for(prompts("hello"))
@@ -411,7 +345,7 @@ def test_line_that_cannot_be_sent_comes_back(
 
 
 def test_line_that_the_server_refuses_comes_back(opened: Open) -> None:
-    """What the server refuses is told, and stands in the next prompt."""
+    """What the server refuses is told, and stands in the prompt again at once."""
     waiting = threading.Event()
 
     def refuse(sock: socket.socket) -> None:
@@ -425,13 +359,13 @@ def test_line_that_the_server_refuses_comes_back(opened: Open) -> None:
     with pretended(refuse) as port, opened(port) as terminal:
         terminal.wait_for("* bob joined the chat")
         terminal.wait_for(prompts(""))
-        terminal.type("hello\r")
+        terminal.type("hello")
+        terminal.wait_for(prompts("hello"))
+        terminal.type("\r")
         terminal.wait_for(prompts(""))
         waiting.set()
         terminal.wait_for("not sent: this room is read-only")
         terminal.wait_for("the last line was not sent")
-        terminal.wait_for(prompts(""))
-        terminal.type("\r")
         terminal.wait_for(prompts("hello"))
         terminal.type(CTRL_C)
         terminal.wait_for(prompts(""))
@@ -447,6 +381,34 @@ def test_prompt_stands_once(terminal: Terminal, bob: Peer) -> None:
         terminal.wait_for(f"bob: and again {number}")
         terminal.wait_for(prompts(""))
     assert "alice> alice>" not in terminal.screen.text()
+
+
+def test_answer_has_a_row_of_its_own(terminal: Terminal) -> None:
+    """An answer that comes just when the next prompt appears does not stand behind it."""
+    for number in range(40):
+        terminal.type("/bans\r")
+        terminal.wait_for(lambda s, n=number: s.text().count("only operators") > n)  # type: ignore[misc]
+    assert not re.search("alice> .*only operators", terminal.screen.text())
+
+
+@pytest.mark.parametrize("kind", ["readline"])
+def test_line_that_scrolls_sideways(
+    kind: str, server: ChatServer, bob: Peer, tmp_path: Path
+) -> None:
+    """Where readline keeps a long line on one row, Enter takes that row and no other."""
+    inputrc = tmp_path / "inputrc"
+    inputrc.write_text("set horizontal-scroll-mode on\n")
+    with opener(kind)(server.port, INPUTRC=str(inputrc)) as terminal:
+        enter(terminal, bob)
+        bob.send(*(f"news {number}." for number in range(5)))
+        terminal.wait_for("bob: news 4.")
+        terminal.type("word " * 40)
+        terminal.settle()
+        terminal.type("\r")
+        bob.expect_eventually("alice: " + "word " * 40)
+        terminal.wait_for("alice: word")
+        for number in range(5):
+            assert f"bob: news {number}." in terminal.screen.text().split("\n")
 
 
 def test_suspended_terminal_goes_on(terminal: Terminal, bob: Peer) -> None:
@@ -489,7 +451,7 @@ def test_names_have_colours(opened: Open) -> None:
         carol.send("/msg alice psst")
         terminal.wait_for("[from carol] psst")
         terminal.wait_for(lambda screen: screen.bells == 2)
-        assert terminal.screen.style_of("[from carol]") == "1;35"
+        assert terminal.screen.style_of("[from carol]") == "1;38;5;133"
         terminal.type("I am alice\r")
         terminal.wait_for("alice: I am alice")
         terminal.settle()

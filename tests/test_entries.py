@@ -258,7 +258,7 @@ def test_each_entry_has_an_outcome_when_applying_it_fails(
         return apply(draft, applied)
 
     monkeypatch.setattr(Room, "apply", fail)
-    room.broadcaster.log.hand_in(Handed(entry, outcome))
+    room.broadcaster.entries.hand_in(Handed(entry, outcome))
     hand_in(room, Said(session_of(room, "bob"), [b"bob: after"]))
     with pytest.raises(Refusal, match="something went wrong here"):
         outcome.wait()
@@ -278,11 +278,11 @@ def test_each_entry_has_an_outcome_when_the_room_stops() -> None:
         outcomes = [Outcome() for _ in range(100)]
         for outcome in outcomes:
             entry = Answered(session, [])
-            server.broadcaster.log.hand_in(Handed(entry, outcome))
+            server.broadcaster.entries.hand_in(Handed(entry, outcome))
     for outcome in outcomes:
         assert outcome.wait() is None
     with pytest.raises(Gone):
-        server.broadcaster.log.hand_in(Handed(Passed(0.0)))
+        server.broadcaster.entries.hand_in(Handed(Passed(0.0)))
 
 
 @pytest.fixture

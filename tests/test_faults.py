@@ -8,11 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from chat import (
     DEADLINE,
     SMALL,
+    STOP,
     Clock,
     Peer,
     close_peers,
@@ -309,19 +312,20 @@ class Disk:
 
     def wait_for(self, *kinds: type) -> None:
         """Wait until entries of these kinds, and no others, wait for the next round."""
-        log = self.room.broadcaster.log
+        log = self.room.broadcaster.entries
         wait_until(lambda: [type(one.entry) for one in log._handed] == [*kinds], "the entries")
 
     def refuse_what_waits(self) -> None:
         """Store the round under way, and refuse the one that waits."""
         store, rounds = self.room.broadcaster._store, []
+        keep = store.keep
 
-        def store_or_refuse(room: Room) -> None:
+        def keep_or_refuse(room: Room) -> bool:
             rounds.append(room)
             self.refuses = len(rounds) == 1
-            store(room)
+            return keep(room)
 
-        self.room.broadcaster._store = store_or_refuse  # type: ignore[method-assign]
+        store.keep = keep_or_refuse  # type: ignore[method-assign]
         self.may_go_on.set()
 
 
@@ -421,7 +425,7 @@ def test_a_selector_that_fails_costs_one_client(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space for another watch")
 
-    monkeypatch.setattr(room.broadcaster._selector, "register", refuse)
+    monkeypatch.setattr(room.broadcaster._sockets._selector, "register", refuse)
     lines = [f"alice: {'x' * 1000}{number}" for number in range(100)]
     hand_in(room, Said(session_of(room, "alice"), [line.encode() for line in lines]))
     alice.expect(*lines, "* stuck left the chat")
@@ -616,7 +620,7 @@ def test_what_no_round_comes_to_has_an_outcome(
     bob = Peer(room.port).introduce("bob")
     disk.wait_for(Claim)
     with stopping(room):
-        wait_until(lambda: room.broadcaster.log._closed, "the room to stop")
+        wait_until(lambda: room.broadcaster.entries._closed, "the room to stop")
         disk.may_go_on.set()
         bob.rest()
     wait_until(lambda: not room.clients, "all threads to end")
@@ -663,19 +667,19 @@ def test_what_a_refused_round_does_all_the_same(monkeypatch: pytest.MonkeyPatch)
         disk = Disk(room, monkeypatch)
         disk.hold(alice)
         expected: list[type] = []
-        erin = Peer(room.port)
-        for peer, line, kinds in (
-            (bob, "lost", [Said]),
-            (bob, "/me is lost", [Said]),
-            (bob, "/msg alice psst", [Whispered]),
-            (alice, "/kick carol enough", [Kicked]),
-            (alice, "/ban dave", [Banned]),
-            (erin, "erin -0", [Claim]),
-            (alice, "/names", [Asked]),
+        erin, operator = Peer(room.port), session_of(room, "alice")
+        for peer, line, kind in (
+            (bob, "lost", Said),
+            (bob, "/me is lost", Said),
+            (bob, "/msg alice psst", Whispered),
+            (alice, "/kick carol enough", Kicked),
+            (erin, "erin -0", Claim),
         ):
             peer.send(line)
-            expected += kinds
+            expected.append(kind)
             disk.wait_for(*expected)
+        # Of one person's commands the next is read when the last was answered.
+        hand_in(room, Banned(operator, "dave", 0.0, "", 0.0), Asked(operator, "names"))
         disk.refuse_what_waits()
         bob.expect("alice: hold", NOT_STORED, NOT_STORED, "-> to alice: psst")
         alice.expect("alice: hold", "[from bob] psst", "-> carol was put out", NOT_TOLD)
@@ -683,7 +687,8 @@ def test_what_a_refused_round_does_all_the_same(monkeypatch: pytest.MonkeyPatch)
         alice.expect(NOT_KEPT, "-> 3 here: alice, bob, erin")
         assert carol.rest() == ["alice: hold", "-> you were kicked by alice: enough"]
         assert dave.rest() == ["alice: hold", "-> you were kicked by alice: banned for good"]
-        erin.expect("NICK", "-> Welcome, erin! /help lists the commands. Already here: alice, bob")
+        erin.expect("NICK")
+        erin.expect_match("-> Welcome, erin! .* Already here: alice, bob, dave")
         erin.expect_match("-> at .*")
         bob.send("after")
         for peer in alice, bob, erin:
@@ -710,6 +715,36 @@ def test_who_leaves_in_a_refused_round_is_gone(
     alice.expect("alice: hold")
     Peer(room.port).join("bob")
     alice.expect("* bob joined the chat")
+
+
+@pytest.mark.parametrize("call", ["append", "fetch"])
+def test_a_disk_that_does_not_answer_holds_up_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """With a write or a read that does not come back, the server ends in time all the same."""
+    with run_chat(history=str(tmp_path / "room.db")) as room:
+        Peer(room.port).join("early").send(*(f"line {number}" for number in range(200)))
+        wait_until(lambda: room.history.last(1)[0].line.endswith("199"), "the lines")
+        room.history.retained = 10
+        begun, may_go_on = threading.Event(), threading.Event()
+        answer = getattr(room.history, call)
+
+        def answer_later(*arguments: Any) -> Any:
+            begun.set()
+            may_go_on.wait(60)
+            return answer(*arguments)
+
+        monkeypatch.setattr(room.history, call, answer_later)
+        hand_in(room, Said(session_of(room, "early"), [b"early: more"]))
+        Peer(room.port).send("late -150")
+        wait_until(begun.is_set, "the disk to be asked")
+        stopping = threading.Thread(target=room.stop)
+        stopping.start()
+        stopping.join(STOP)
+        ended = not stopping.is_alive()
+        may_go_on.set()
+        stopping.join()
+        assert ended
 
 
 # --- Clocks ------------------------------------------------------------------

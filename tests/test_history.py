@@ -1057,9 +1057,9 @@ def test_position_beyond_a_file_gives_what_memory_would_hold(file: Path) -> None
     """Who brings a position of another file gets the newest lines, not all of the years before."""
     many(made(file, "one"), 1000)
     history = FileHistory(str(file), retained=100)
-    assert history.start_for(history.end + 1) == history.end - 100
-    assert history.start_for(history.end) == history.end
-    assert history.start_for(0) == history.oldest
+    assert history.start_for(history.end + 1, history.end) == history.end - 100
+    assert history.start_for(history.end, history.end) == history.end
+    assert history.start_for(0, history.end) == history.oldest
     history.close()
 
 

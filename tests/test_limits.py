@@ -518,6 +518,13 @@ def test_a_crowded_queue_holds_its_authors_back(monkeypatch: pytest.MonkeyPatch)
         sender.join()
 
 
+@pytest.fixture
+def room_slow() -> Iterator[ChatServer]:
+    """A room whose sockets hold little."""
+    with run_chat(shrunken=True) as server:
+        yield server
+
+
 # --- What is used up stays used up -------------------------------------------
 
 
@@ -536,7 +543,7 @@ def test_coming_anew_is_no_new_allowance() -> None:
         assert [line for _, line in server.history.last(100) if line.startswith("peer")] == [
             f"peer{number}: line {line}" for number in range(2) for line in range(10)
         ]
-        assert not server.broadcaster.log
+        assert not server.broadcaster.entries
 
 
 def test_a_newcomer_goes_on_with_what_is_left_at_the_address() -> None:
@@ -556,6 +563,51 @@ def test_a_newcomer_goes_on_with_what_is_left_at_the_address() -> None:
         assert [line for line in lines if line.startswith("bob: ")] == [
             f"bob: line {number}" for number in range(5)
         ]
+
+
+def test_others_who_leave_give_nobody_a_new_allowance() -> None:
+    """What somebody has used up is known when they go, whoever came and went meanwhile."""
+    with run_chat(rate_limit=0.001) as server:
+        witness = Peer(server.port, source="127.0.0.9").join("witness")
+        alice = Peer(server.port).join("alice")
+        bob = Peer(server.port, source="127.0.0.8").join("bob")
+        bob.send("/quit").rest()
+        wait_until(lambda: len(server.clients) == 2, "bob to be gone")
+        alice.send(*(f"line {number}" for number in range(19)), "/quit").rest()
+        wait_until(lambda: len(server.clients) == 1, "alice to be gone")
+        carol = Peer(server.port).join("carol")
+        carol.send("may I?")
+        witness.send("you may not").expect_eventually("witness: you may not")
+        assert server.history.last(1)[0].line == "witness: you may not"
+        assert not carol.has("carol: may I?")
+
+
+def test_places_that_are_kept_count_for_their_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who joins and drops the line again and again holds no more places than who stays."""
+    monkeypatch.setattr(server_module, "_is_loopback", lambda host: False)
+    with run_chat(max_per_address=2) as server:
+        for number in range(2):
+            peer = Peer(server.port).introduce(f"peer{number} -0 {number:016x}")
+            peer.expect_match("-> Welcome.*")
+            peer.vanish()
+            wait_until(lambda: not server.clients, "the connection to be gone")
+        third = Peer(server.port).introduce("third")
+        third.expect(protocol.ADDRESS_FULL)
+        assert server.names == ["peer0", "peer1"]
+        Peer(server.port).introduce(f"peer0 -0 {0:016x}").expect("-> Welcome back, peer0!")
+        Peer(server.port, source="127.0.0.2").join("bob")
+
+
+def test_answers_that_wait_are_counted_before_they_are_there(room_slow: ChatServer) -> None:
+    """Questions by the thousand in one piece are answered as they are read, and no faster."""
+    alice = Peer(room_slow.port, buffer=SMALL).join("alice")
+    alice.send_until_blocked(b"/names\n/help\n/unknown\n" * 5000)
+    bob = Peer(room_slow.port).join("bob")
+    bob.send("hello")
+    bob.expect_eventually("bob: hello")
+    output = room_slow.broadcaster.outputs[session_of(room_slow, "alice")]
+    wait_until(output.gate._is_full, "so much to wait as may")
+    assert len(output.outbox) <= server_module.OUTBOX_LINES + len(server_module.COMMANDS)
 
 
 def test_coming_back_by_key_is_no_new_allowance() -> None:

@@ -646,6 +646,15 @@ def test_telnets_bytes_are_taken_out_however_they_come(
     assert telnet.answers == answers
 
 
+def test_subnegotiations_without_end_are_text_but_the_first() -> None:
+    """After one that was too long no other is looked for; other commands still are."""
+    telnet = protocol.Telnet()
+    data = b"\xff\xfa" * 16_000
+    assert telnet.feed(data + b"\xff\xfd\x01hi") == data + b"hi"
+    assert telnet.feed(b"\xff\xfa\x18\xff\xf0") == b"\xff\xfa\x18"
+    assert telnet.answers == b"\xff\xfc\x01"
+
+
 def test_telnet_is_answered_so_often_and_no_more() -> None:
     """Whoever asks a thousand times is answered thirty-two times."""
     telnet = protocol.Telnet()

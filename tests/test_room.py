@@ -191,7 +191,7 @@ def test_what_is_said_during_a_round_is_heard_by_those_still_to_be_served(
     """They get it with what the round began with, those before them in the next, all in order."""
     monkeypatch.setattr(server_module, "SLICE", 1)
     alice, bob = pair(room.port)
-    wait_until(lambda: not room.broadcaster.log.lines, "the round in which bob came to end")
+    wait_until(lambda: not room.broadcaster.entries.lines, "the round in which bob came to end")
     first, last = (client.connection for client in room.clients)
     send_first, send_last, sent = first.send, last.send, []
 
@@ -547,7 +547,7 @@ def test_who_waits_for_space_in_the_queue_can_be_replaced(
     monkeypatch.setattr(room.history, "append", append_later)
     try:
         ghost.send(*(f"{number} {'x' * 900}" for number in range(1000)))
-        log = room.broadcaster.log
+        log = room.broadcaster.entries
         wait_until(lambda: log.lines >= 50, "the queue to be crowded")
         before = log._count
         alice = Peer(room.port).introduce(f"alice -0 {KEY}")
