@@ -12,11 +12,12 @@ from pathlib import Path
 import postgres
 import pytest
 from chat import Peer, Server, run_server, wait_until
-from clients import chatting, flush
+from clients import Shown, chatting, flush
 from postgres import Postgres
 from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
 
 import client
+from client import ChatClient
 
 KEY = "0123456789abcdef"
 SHORT = {"ALIVE": 2.0, "EMPTY_ROUND": 0.5}  # so that a test need not wait for ten seconds
@@ -715,6 +716,32 @@ def test_talk_goes_on_while_a_server_is_cut_off(
         ghost.rest()
         talkers.lead(two.port, one.port)
         talkers.check()
+
+
+def test_a_client_goes_to_the_next_server_by_itself(database: str, chance: random.Random) -> None:
+    """A client that names two servers loses nothing when the one that it is at is killed."""
+    with contextlib.ExitStack() as stack:
+        one = stack.enter_context(one_more(database, signal.SIGKILL))
+        two = stack.enter_context(one_more(database))
+        bob = Peer(two.port).join("bob")
+        shown = Shown()
+        where = f"127.0.0.1:{one.port},127.0.0.1:{two.port}"
+        chat = ChatClient("alice", host=where, show=shown)
+        chat.connect()
+        chat.start()
+        stack.callback(chat.leave)
+        bob.expect("* alice joined the chat")
+        for number in range(100):
+            chat.send(f"line {number}")
+            if number == 50:
+                shown.wait_for("alice: line 20")
+                one.stop(signal.SIGKILL)
+        lines = [f"alice: line {number}" for number in range(100)]
+        bob.expect(*lines)
+        flush(chat)
+        assert [line for line in shown.room if line[0] != "*"] == lines
+        bob.send("/names")
+        bob.expect("-> 2 here: bob, alice")
 
 
 def test_talk_goes_on_through_a_failover(
