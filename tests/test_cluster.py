@@ -744,6 +744,34 @@ def test_a_client_goes_to_the_next_server_by_itself(database: str, chance: rando
         bob.expect("-> 2 here: bob, alice")
 
 
+def test_a_client_leaves_a_server_that_has_it_wait(
+    cluster: Postgres, database: str, chance: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server cut off from the database keeps no client that knows another one."""
+    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    name = database.rpartition("/")[2]
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(Proxy(cluster.port))
+        cut = f"postgresql://chat@127.0.0.1:{link.port}/{name}"
+        two = stack.enter_context(one_more(database))
+        one = stack.enter_context(one_more(cut))
+        bob = Peer(two.port).join("bob")
+        where = f"127.0.0.1:{one.port},127.0.0.1:{two.port}"
+        chat = ChatClient("alice", host=where, show=Shown())
+        chat.connect()
+        chat.start()
+        stack.callback(chat.leave)
+        bob.expect("* alice joined the chat")
+        link.go_away()
+        chat.send("from where I was")
+        bob.expect("alice: from where I was")
+        chat.send("from here")
+        bob.expect("alice: from here")
+        link.come_back()
+        chat.send("still once")
+        bob.expect("alice: still once")
+
+
 def test_talk_goes_on_through_a_failover(
     primary: tuple[Postgres, Postgres], chance: random.Random
 ) -> None:
