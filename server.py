@@ -206,10 +206,10 @@ class ChatServer:
     """The door of the room: listens, and gives each connection its thread.
 
     `port` 0 takes any free one; `server.port` tells which.  `history` is a file
-    for a durable one, `tls` a server's context; both passwords and `tls` may be
-    replaced while it runs.  Other options are those of `Limits`.  Raise `OSError`
-    when the address cannot be listened on and `HistoryError` when the file cannot
-    be used.
+    for a durable one, or the address of a PostgreSQL for one that several servers share;
+    `tls` is a server's context; both passwords and `tls` may be replaced while it runs.
+    Other options are those of `Limits`.  Raise `OSError` when the address cannot be
+    listened on and `HistoryError` when the history cannot be used.
     """
 
     def __init__(
