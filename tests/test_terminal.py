@@ -178,8 +178,9 @@ def test_readline_edits_over_the_wrap() -> None:
         terminal.type("one two three four five")
         terminal.wait_for(lambda screen: screen.lines[:2] == ["> one two three four", " five"])
         terminal.type("\x1b[D" * 9 + "\x7f" * 6)
-        terminal.wait_for(lambda screen: screen.lines[:2] == ["> one two four five", ""])
-        assert terminal.screen.cursor == (0, 10)
+        edited = ["> one two four five", ""]
+        # The cursor comes behind the text, maybe in a piece of its own.
+        terminal.wait_for(lambda screen: (screen.lines[:2], screen.cursor) == (edited, (0, 10)))
         terminal.type("X\r")
         terminal.wait_for("'one two Xfour five'")
         assert terminal.screen.unsupported == []
