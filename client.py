@@ -400,6 +400,7 @@ class Absence:
         self.skipped = 0  # lines of the room that are not among it, as the server said
         self.unbroken = True  # as far as we know, nothing else is lacking
         self.overflowed = False  # so much came that it is shown without being complete
+        self.entered = False  # all that comes is said since we came for the first time
         self.told = ""  # the last reason why we are not let in
 
     def heading(self, place: Place) -> Notice:
@@ -949,7 +950,8 @@ class ChatClient:
     def _move_on(self, old: Session) -> None:
         """Enter at the next server, and let go of the old one when we are in."""
         absence, turn = self._absence, self.entrance.turn
-        self._session, self._absence = None, absence or Absence(old.heard)
+        self._session = None
+        self._absence = absence if absence and not absence.entered else Absence(old.heard)
         try:
             while True:
                 self.entrance.turn_to_next()
@@ -980,7 +982,8 @@ class ChatClient:
         if session is None:
             return
         session.close()
-        if self._absence is None and session.state is not State.AT_THE_DOOR:
+        had_come = self._absence is None or self._absence.entered
+        if had_come and session.state is not State.AT_THE_DOOR:
             self._absence = Absence(session.heard)
 
     def _come_back(self) -> None:
@@ -1183,14 +1186,29 @@ class ChatClient:
 
     # What is shown.
 
+    def _enter(self, absence: Absence) -> bool:
+        """Say whether our entrance is among what came, and then go on from there.
+
+        A room that is busy when we come says more than can be held before it answers us.
+        """
+        earlier, since = absence.split(self.place)
+        if not absence.first or not since:
+            return False
+        self._show_earlier(absence, earlier)
+        for line in since:
+            self._show(line)
+        absence.lines.clear()
+        absence.entered = True
+        return True
+
     def _bring(self, line: Heard) -> None:
         """Show a line, or keep it until we know all that was said before."""
         absence = self._absence
-        if absence is None:
+        if absence is None or absence.entered:
             self._show(line)
             return
         absence.lines.append(line)
-        if len(absence.lines) > MAX_HELD:
+        if len(absence.lines) > MAX_HELD and not self._enter(absence):
             if not absence.overflowed:
                 absence.overflowed = True
                 if not absence.first:

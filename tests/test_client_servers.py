@@ -442,6 +442,33 @@ def test_bot_does_not_hear_yesterday() -> None:
             assert ("* clock joined the chat", False) in heard
 
 
+def test_bot_hears_all_of_a_busy_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is said since it came is given to a bot, however late its own answer comes."""
+    monkeypatch.setattr(client, "MAX_HELD", 50)
+    texts = [f"news {number}" for number in range(200)]
+
+    def talk(sock: socket.socket) -> None:
+        sock.sendall(b"NICK\n")
+        read_line(sock)
+        sock.sendall(b"-> Welcome, clock!\n-> at 7\nbob: old\n* clock joined the chat\n")
+        assert read_line(sock).endswith(b"/names")
+        sock.sendall(b"".join(b"bob: %s\n" % text.encode() for text in texts))
+        sock.sendall(b"-> 2 here: bob, clock\nbob: over\n")
+        while line := read_line(sock):
+            if line.endswith(b"/quit"):
+                sock.sendall(b"-> bye\n")
+
+    with pretended(talk) as port, ChatClient("clock", port=port) as chat:
+        heard = []
+        for line in chat:
+            if line.in_room:
+                heard.append(line)
+            if line.text == "over":
+                break
+        assert [line.text for line in heard] == ["clock joined the chat", *texts, "over"]
+        assert not any(line.earlier for line in heard)
+
+
 def test_bot_hears_what_was_said_in_its_absence() -> None:
     """What was said while the connection was lost is given to a bot, and marked."""
     with run_chat() as server, Proxy(server.port) as proxy:
