@@ -1208,7 +1208,8 @@ class ChatClient:
             self._show(line)
             return
         absence.lines.append(line)
-        if len(absence.lines) > MAX_HELD and not self._enter(absence):
+        # Looked for once: a replay that has no end must not cost a look at all of it a line.
+        if len(absence.lines) > MAX_HELD and (absence.overflowed or not self._enter(absence)):
             if not absence.overflowed:
                 absence.overflowed = True
                 if not absence.first:
