@@ -93,6 +93,8 @@ MAX_TEXT = protocol.MAX_LINE - protocol.MAX_NAME - 2  # bytes, so that any name 
 SEND_AHEAD = 16 * 1024  # bytes given to the socket at once
 # By which `receive` tells the main thread that it is over; SIGTERM may be ignored.
 ENDED = getattr(signal, "SIGUSR2", signal.SIGTERM)
+# By which the main thread is told to look up, whatever it waits for.
+KNOCK = getattr(signal, "SIGUSR1", signal.SIGTERM)
 EXITS = ("exit", "quit", ":q")  # how other programs are left
 INTERRUPT_AGAIN = 2.0  # seconds in which a second Ctrl-C leaves
 MAX_STOPS = 1000  # in the background; without a shell to go on in, nothing stops
@@ -1429,6 +1431,7 @@ class Screen(abc.ABC):
         self.look = look
         self.chat: ChatClient | None = None  # as soon as there is one
         self.leaving = threading.Event()  # a signal, or the end of the conversation, said so
+        self.heard = threading.Event()  # set when the main thread has run what a signal asks for
 
     @abc.abstractmethod
     def read(self) -> str:
@@ -1449,6 +1452,10 @@ class Screen(abc.ABC):
     def leave(self) -> None:
         """Make `read` raise `Leave`; called by a signal's handler, in the main thread."""
         raise Leave
+
+    def on_knock(self, number: int, frame: FrameType | None) -> None:
+        """Look up; the handlers of all signals that came before run together with this one."""
+        self.heard.set()
 
     def hush(self, *, quiet: bool = True) -> None:  # noqa: B027 - a pipe shows nothing typed
         """Have nothing that is typed appear, or have it appear again."""
@@ -1719,6 +1726,8 @@ class ReadlineTerminal(Terminal):
             if secret:
                 return self._ask_secretly(question)
             self.hush(quiet=False)
+            if self._library:
+                self._readline.set_startup_hook(self._library.echo)
             kept = self._readline.get_current_history_length() if self._readline else 0
             answer = input(question)
             if self._readline and self._readline.get_current_history_length() > kept:
@@ -1738,14 +1747,12 @@ class ReadlineTerminal(Terminal):
         while self._waiting and not (self._asking and len(self._waiting) < MAX_HELD):
             self._shown.clear()
             # Again and again: a signal that comes just before readline waits is lost on it.
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            signal.pthread_kill(threading.main_thread().ident or 0, KNOCK)
             self._shown.wait(0.05)
 
-    def close(self) -> None:
-        """Take no more signals, and leave the terminal as it was."""
-        if self._library:
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        super().close()
+    def hush(self, *, quiet: bool = True) -> None:
+        """Have nothing appear that readline does not show itself."""
+        super().hush(quiet=quiet or self._library is not None)
 
     def can_leave(self, frame: FrameType | None) -> bool:
         """Tell whether no function that readline called runs: from there no exception gets out."""
@@ -1770,7 +1777,7 @@ class ReadlineTerminal(Terminal):
 
     def _hear_signals(self) -> None:
         if self._library:
-            signal.signal(signal.SIGUSR1, self._on_show)
+            signal.signal(KNOCK, self.on_knock)
             signal.signal(signal.SIGTSTP, self._on_stop)
             signal.signal(signal.SIGCONT, self._on_continue)
 
@@ -1778,7 +1785,7 @@ class ReadlineTerminal(Terminal):
         # When a handler has raised, `input` runs those of other signals with the
         # exception still set, and whatever they do fails.
         if self._library and self._reading:
-            for number in (signal.SIGUSR1, signal.SIGTSTP, signal.SIGCONT):
+            for number in (KNOCK, signal.SIGTSTP, signal.SIGCONT):
                 signal.signal(number, signal.SIG_IGN)
 
     def _begin(self) -> None:
@@ -1798,6 +1805,8 @@ class ReadlineTerminal(Terminal):
             self._readline.parse_and_bind("set enable-bracketed-paste off")
 
     def _on_start(self) -> None:
+        if self._library:
+            self._library.echo()
         self._readline.insert_text(self._take_back())
 
     def _on_prompt(self) -> None:
@@ -1853,7 +1862,9 @@ class ReadlineTerminal(Terminal):
         if least == most:
             self._write(f"\x1b[{least}A\r\x1b[J")
 
-    def _on_show(self, number: int, frame: FrameType | None) -> None:
+    def on_knock(self, number: int, frame: FrameType | None) -> None:
+        """Show what waits."""
+        self.heard.set()
         if self.can_leave(frame):  # else readline is busy; it will be signalled again
             self._show_waiting()
 
@@ -1876,6 +1887,7 @@ class ReadlineTerminal(Terminal):
         if self._library and self._is_active():
             self._library.hide()
             self._library.give_terminal_back()
+        super().hush(quiet=False)
         for stop in (signal.SIGTSTP, signal.SIGCONT):
             signal.signal(stop, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)
@@ -1885,7 +1897,10 @@ class ReadlineTerminal(Terminal):
     def _on_continue(self, number: int, frame: FrameType | None) -> None:
         """Take the terminal again, once we have it."""
         self._showing = True
+        self.hush()
         if self._library and self._prompted and in_foreground():
+            self._library.give_terminal_back()
+            self.hush()
             self._library.take_terminal()
             self._write("\r\x1b[K")
             self._library.unhide(self._prompt())
@@ -1914,6 +1929,7 @@ class _Readline:
         self._deprep = ctypes.c_void_p.in_dll(library, "rl_deprep_term_function")
         ctypes.c_int.in_dll(library, "rl_sort_completion_matches").value = 0
         self._clear = library.rl_clear_visible_line
+        self._echo = library.rl_tty_set_echoing  # looked for now: an old readline has none
         self._flush = ctypes.PyDLL(None).fflush
         self._pasting = False
         self._drawn = ""  # the prompt on the screen
@@ -1963,9 +1979,13 @@ class _Readline:
         self._flush(None)
 
     def take_terminal(self) -> None:
-        """Set the terminal up for reading a line, whatever somebody else made of it."""
-        self._library.rl_deprep_terminal()
+        """Set the terminal up for reading a line."""
         self._library.rl_prep_terminal(1)
+        self.echo()
+
+    def echo(self) -> None:
+        """Have readline show what is typed, though the terminal itself does not."""
+        self._echo(1)
 
     def let_go(self) -> None:
         """Have readline leave the terminal alone when it ends: another program has it."""
@@ -2341,6 +2361,8 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), lambda number, frame: _leave(screen, frame))
     signal.signal(ENDED, lambda number, frame: _leave(screen, frame))
+    if hasattr(signal, "pthread_kill") and not isinstance(screen, ToolkitTerminal):
+        _have_signals_heard(screen)
     try:
         return _converse(screen, options)
     except (KeyboardInterrupt, OutputClosed):
@@ -2352,6 +2374,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, UnicodeError) as error:
         return _fail(_explain(error, options))
     finally:
+        signal.signal(KNOCK, signal.SIG_IGN)
         screen.close()
 
 
@@ -2529,6 +2552,27 @@ def _signal_again(number: int) -> None:
     timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, number))
     timer.daemon = True
     timer.start()
+
+
+def _have_signals_heard(screen: Screen) -> None:
+    """Have a thread knock after each signal until the main thread has heard it.
+
+    Whoever waits in `input` hears of a signal that came just before the waiting began
+    only when another one, or a key, ends the waiting.
+    """
+    signals, written = socket.socketpair()
+    written.setblocking(False)
+    signal.signal(KNOCK, screen.on_knock)
+    signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    main = threading.main_thread().ident or 0
+
+    def knock() -> None:
+        while written and (numbers := signals.recv(64)):  # they come however busy Python is
+            screen.heard.clear()
+            while set(numbers) != {KNOCK} and not screen.heard.wait(0.05):
+                signal.pthread_kill(main, KNOCK)
+
+    threading.Thread(target=knock, name="knock", daemon=True).start()
 
 
 def _interrupt_main(screen: Screen) -> None:

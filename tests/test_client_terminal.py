@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,74 @@ def test_killed(terminal: Terminal, bob: Peer) -> None:
     bob.expect("* alice left the chat")
     assert_sane(terminal)
     assert "Traceback" not in terminal.screen.text()
+
+
+# A client for which a number and Ctrl-T send it that signal from inside readline, which
+# then waits for the next key without having looked.
+SIGNALS_INSIDE = f"""
+import ctypes, readline, sys
+bind = ctypes.PyDLL(readline.__file__).rl_bind_keyseq
+bind(b"\\\\C-t", getattr(ctypes.CDLL(None), "raise"))
+sys.path.insert(0, {str(ROOT)!r})
+import client
+sys.exit(client.main())
+"""
+# A client that begins to read each line but the first only when a key has been pressed.
+KEY_BEFORE = f"""
+import builtins, select, sys
+def late(prompt, read=input, waits=[]):
+    waits and select.select(waits, [], [])
+    waits[:] = [0]
+    return read(prompt)
+builtins.input = late
+sys.path.insert(0, {str(ROOT)!r})
+import client
+sys.exit(client.main())
+"""
+
+
+@contextmanager
+def altered(script: str, server: ChatServer) -> Iterator[Terminal]:
+    """Open a client with readline that a script alters before it starts."""
+    run = [sys.executable, "-S", "-c", script, "--port", str(server.port), "--name", "alice"]
+    with Terminal(run, 14, 60, env=environment(INPUTRC=os.devnull)) as terminal:
+        yield terminal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
+def test_signal_that_readline_did_not_wait_for(
+    server: ChatServer, bob: Peer, number: signal.Signals
+) -> None:
+    """A signal that comes just before readline waits for a key ends the client too."""
+    with altered(SIGNALS_INSIDE, server) as terminal:
+        enter(terminal, bob)
+        terminal.type(f"half a line\x1b{int(number)}\x14")
+        assert terminal.wait() == 0
+        bob.expect("* alice left the chat")
+        assert_sane(terminal)
+
+
+def test_ctrl_c_that_readline_did_not_wait_for(server: ChatServer, bob: Peer) -> None:
+    """Ctrl-C that comes just before readline waits for a key clears the line too."""
+    with altered(SIGNALS_INSIDE, server) as terminal:
+        enter(terminal, bob)
+        terminal.type("half a line")
+        terminal.wait_for(prompts("half a line"))
+        terminal.type(f"\x1b{int(signal.SIGINT)}\x14")
+        terminal.wait_for(prompts(""))
+
+
+def test_typed_before_the_prompt(server: ChatServer, bob: Peer) -> None:
+    """What is typed just before readline takes the terminal is shown once, by readline."""
+    with altered(KEY_BEFORE, server) as terminal:
+        enter(terminal, bob)
+        for word in ("first", "second"):
+            terminal.type(f"{word}\r")
+            bob.expect(f"alice: {word}")
+        terminal.type("third\r")
+        terminal.wait_for("alice: second")
+        for word in ("first", "second"):
+            assert terminal.screen.text().count(word) == 1
 
 
 @pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])
