@@ -1682,7 +1682,7 @@ class ReadlineTerminal(Terminal):
         self._reading = False  # from before `input` to after its line is off the screen
         self._prompted = False  # readline has drawn the prompt
         self._showing = False
-        self._asking = False  # what comes must wait until the question is answered
+        self._question: str | None = None  # what comes must wait until it is answered
         self._cleared = False  # Ctrl-C did not mean to leave
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._hear_signals()
@@ -1721,20 +1721,21 @@ class ReadlineTerminal(Terminal):
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own, and keep the answer out of the recall."""
         self._take_terminal()
-        self._asking = True
+        self._question = question
         try:
             if secret:
                 return self._ask_secretly(question)
             self.hush(quiet=False)
             if self._library:
                 self._readline.set_startup_hook(self._library.echo)
+                self._readline.set_pre_input_hook(self._on_prompt)
             kept = self._readline.get_current_history_length() if self._readline else 0
             answer = input(question)
             if self._readline and self._readline.get_current_history_length() > kept:
                 self._forget_last()
             return answer
         finally:
-            self._asking = False
+            self._question, self._prompted = None, False
             self._show_waiting()
 
     def show(self, item: Line | Notice) -> None:
@@ -1744,7 +1745,7 @@ class ReadlineTerminal(Terminal):
             self._show_plainly()
         elif threading.current_thread() is threading.main_thread():
             self._show_waiting()
-        while self._waiting and not (self._asking and len(self._waiting) < MAX_HELD):
+        while self._waiting and not (self._question and len(self._waiting) < MAX_HELD):
             self._shown.clear()
             # Again and again: a signal that comes just before readline waits is lost on it.
             signal.pthread_kill(threading.main_thread().ident or 0, KNOCK)
@@ -1804,6 +1805,9 @@ class ReadlineTerminal(Terminal):
         elif not libedit:  # a paste whose end does not come could not be left
             self._readline.parse_and_bind("set enable-bracketed-paste off")
 
+    def _prompt(self) -> str:
+        return self._question or super()._prompt()
+
     def _on_start(self) -> None:
         if self._library:
             self._library.echo()
@@ -1833,7 +1837,7 @@ class ReadlineTerminal(Terminal):
     def _show_waiting(self) -> None:
         """Print what waits; in the main thread, where readline runs too."""
         library = self._library if self._is_active() else None
-        if self._asking or self._showing or (self._reading and not library):
+        if self._question or self._showing or (self._reading and not library):
             return  # it is being done, or cannot be done now
         self._showing = True
         try:
@@ -1852,7 +1856,7 @@ class ReadlineTerminal(Terminal):
 
     def _show_plainly(self) -> None:
         line = self._prompt() + (self._readline.get_line_buffer() if self._readline else "")
-        while self._waiting and not self._asking:
+        while self._waiting and not self._question:
             text = self._waiting.popleft() + "\n"
             self._write(f"\r\x1b[K{text}{line}" if self._reading else text)
 
@@ -2104,7 +2108,7 @@ class ToolkitTerminal(Terminal):
         """Ask on a line of its own."""
         from prompt_toolkit import PromptSession
 
-        asking: PromptSession[str] = PromptSession()
+        asking: PromptSession[str] = PromptSession(key_bindings=_toolkit_stop(self))
         return self._run(asking, question, is_password=secret)
 
     def _run(self, session: PromptSession[str], prompt: Any, **options: Any) -> str:
@@ -2243,15 +2247,24 @@ def _toolkit_mask() -> Processor:
 
 
 def _toolkit_keys(screen: ToolkitTerminal) -> KeyBindings:
-    from prompt_toolkit.application import run_in_terminal
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    """Return the keys that mean something else here, while a line is typed."""
+    from prompt_toolkit.key_binding import KeyPressEvent
 
-    bindings = KeyBindings()
+    bindings = _toolkit_stop(screen)
 
     @bindings.add("c-c")
     def interrupt(event: KeyPressEvent) -> None:
         screen.interrupt(event.app)
 
+    return bindings
+
+
+def _toolkit_stop(screen: ToolkitTerminal) -> KeyBindings:
+    """Return the key that stops the program."""
+    from prompt_toolkit.application import run_in_terminal
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    bindings = KeyBindings()
     if hasattr(signal, "SIGTSTP"):
 
         @bindings.add("c-z")

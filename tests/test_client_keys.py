@@ -332,6 +332,25 @@ def test_stopped_and_continued(kind: str, server: ChatServer, bob: Peer, shell: 
     assert "alice> first" not in shell.terminal.screen.text()
 
 
+def test_stopped_while_asked(kind: str, server: ChatServer, bob: Peer, shell: Shell) -> None:
+    """Brought back, a question stands there again with what is half typed."""
+    opener(kind)
+    shell.run(" ".join(command(kind, server.port)))
+    shell.terminal.wait_for("Your name:")
+    shell.terminal.type("al")
+    shell.terminal.wait_for("Your name: al")
+    shell.terminal.type(CTRL_Z)
+    shell.terminal.wait_for("Stopped")
+    wait_for_row(shell.terminal, "$")
+    shell.run("clear; fg")
+    shell.terminal.wait_for("Your name: al")
+    shell.terminal.type("ice\r")
+    enter_from_shell(shell.terminal, bob)
+    shell.terminal.type(CTRL_D)
+    shell.terminal.wait_for("-> bye")
+    shell.sync()
+
+
 def enter_from_shell(terminal: Terminal, bob: Peer) -> None:
     """Wait until alice is in the room and can type."""
     bob.expect_eventually("* alice joined the chat")
