@@ -534,6 +534,11 @@ def private(name: str, text: str) -> str:
     return SHAPES[Kind.PRIVATE].build(name=name, text=text)
 
 
+def is_private(line: bytes) -> bool:
+    """Tell whether a line that the server sends is a private one."""
+    return line.startswith(b"[from ")
+
+
 def answer(text: str) -> str:
     """``-> text``."""
     return SHAPES[Kind.ANSWER].build(text=text)
@@ -1031,6 +1036,17 @@ class Connection:
             return _has_lost_its_peer(self._sock)
         return False
 
+    def is_acknowledged(self) -> bool:
+        """Tell whether the peer's system has all that was sent.
+
+        Where the platform does not tell, what our own system has taken counts.
+        """
+        with self._lock:
+            try:
+                return not _unacknowledged(self._sock)
+            except OSError:  # it broke, or is closed
+                return False
+
     def shake_hands(self, deadline: float) -> None:
         """Do what has to be done before the first byte: nothing, without TLS."""
         return
@@ -1217,6 +1233,15 @@ def keep_alive(sock: socket.socket) -> None:
     ):
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _unacknowledged(sock: socket.socket) -> bool:
+    """Tell whether bytes are under way that the peer's system has not confirmed."""
+    if sys.platform != "linux":
+        return False
+    told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
+    unacknowledged, _, unsent, _ = TCP_INFO.unpack(told.ljust(TCP_INFO.size, b"\0"))
+    return bool(unacknowledged or unsent)
 
 
 def _has_lost_its_peer(sock: socket.socket) -> bool:

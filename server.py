@@ -36,6 +36,7 @@ Who touches what:
                         Output: a client's cursor and bytes under way
     the pager           what only the file has, for who is far behind
     who asks, searches  the file (Access: a connection for each kind)        its lock
+    log, keeper         on several machines: their parts of the shared log
 
 No thread holds two of these locks, but for one that waits for the disk: it holds its
 connection to the file, which nobody else waits for but its like.  A single number or
@@ -113,6 +114,10 @@ MAIL_KEPT = 600.0  # seconds that private lines outlive the stay of who has not 
 MAIL_LINES = 1000  # private lines kept for a key
 MAIL_BYTES = 256 * 1024
 MAX_GONE = 1000  # names that were left, for which an address is known should they be banned
+ALIVE = 10.0  # seconds that a server counts without a round: three times what it has to be
+MAX_STEP = 3.0  # seconds that a round moves the log's clock at most: an outage kills nobody
+MAX_NUMBER = 2**63 - 1  # beyond every round
+SERVER_BITS = 32  # of a session's number are its own; its server's name stands above them
 # In the broadcaster.
 SLICE = 100  # clients served, in a millisecond or so, before a round takes in what came meanwhile
 ROUND = 0.010  # seconds between the starts of two rounds in a busy room, at least
@@ -134,10 +139,25 @@ SEARCH_PAGE = 2000  # lines of the file that a search looks at in one step, 100 
 SEARCH_REST = 0.0005  # seconds between two steps of a search, for all else
 SEARCH_LIMIT = 5.0  # seconds that somebody waits for a search
 LOCK_STEP = 0.020  # seconds between two looks whether a locked file is free
-TELL_WAITING = 2.0  # seconds that a file may be locked before people are told
+TELL_WAITING = 2.0  # seconds that a history may keep the room waiting before people are told
 CLOSE_LIMIT = 1.0  # seconds for who is inside the file to come out at the end
 CHUNK = 1024  # lines given to a client at once: 50 KB as people write, 1.2 MB at the most
 MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full length
+# On several machines.
+UNANSWERED = 5.0  # seconds until a database that does not answer is given up, for the next
+CONNECT = 5.0  # seconds to connect to one
+AGAIN = 0.25  # seconds until the next is tried
+EMPTY_ROUND = 2.0  # seconds after which a round is due, with nothing in it if need be
+CONFIRM = 1.0  # seconds between two looks at which private lines have come
+POINT_ROUNDS = 5000  # rounds after which a point is due
+POINT_LINES = 20_000  # lines after which it is: less than may be in memory alone
+POINT_SECONDS = 60.0  # seconds after which it is, while private text may stand behind it
+POINT_PAGE = 5000  # lines put into the table by one statement
+KEEP_LOOK = 1.0  # seconds between two looks whether a point is due
+TRIM_SECONDS = 60  # that a round is kept at least
+FORGET_SERVERS = 86_400  # seconds that the last batch of a server is remembered
+READ_ALL = 60.0  # seconds that reading or writing very much may take
+LOCK = 1_128_816_980  # "Chat", for what only one server does at a time
 # On the console.
 MAX_RECORDS = 10_000  # of the log, waiting to be written; more are dropped
 SPARE_DESCRIPTORS = 32  # kept free for the listener, the log and the broadcaster
@@ -186,10 +206,10 @@ class ChatServer:
     """The door of the room: listens, and gives each connection its thread.
 
     `port` 0 takes any free one; `server.port` tells which.  `history` is a file
-    for a durable one, `tls` a server's context; both passwords and `tls` may be
-    replaced while it runs.  Other options are those of `Limits`.  Raise `OSError`
-    when the address cannot be listened on and `HistoryError` when the file cannot
-    be used.
+    for a durable one, or the address of a PostgreSQL for one that several servers share;
+    `tls` is a server's context; both passwords and `tls` may be replaced while it runs.
+    Other options are those of `Limits`.  Raise `OSError` when the address cannot be
+    listened on and `HistoryError` when the history cannot be used.
     """
 
     def __init__(
@@ -212,7 +232,7 @@ class ChatServer:
         with contextlib.ExitStack() as opened:  # closed again should something fail
             self._listener = opened.enter_context(_listen_on(host, port))
             self.host, self.port = self._listener.getsockname()[:2]
-            self.history = History(fmt) if history is None else FileHistory(history, fmt)
+            self.history = open_history(history, fmt)
             opened.callback(self.history.close)
             self.broadcaster = Broadcaster(self.history)
             opened.callback(self.broadcaster.close)
@@ -221,7 +241,6 @@ class ChatServer:
         self.connections = Connections(self.limits)
         self.allowances = Allowances(self.limits.rate_limit)
         self.stopping = threading.Event()
-        self._sessions = itertools.count(1)
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
     def __enter__(self) -> ChatServer:
@@ -319,7 +338,9 @@ class ChatServer:
         host, port = protocol.escape(address[0].removeprefix("::ffff:")), address[1]
         try:
             connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
-            client = Client(self, next(self._sessions), connection, f"{host}:{port}")
+            client = Client(
+                self, self.broadcaster.entries.new_session(), connection, f"{host}:{port}"
+            )
         except OSError as error:  # reset by now: its own affair
             log.info("unnamed (%s:%d) left: %s", host, port, error)
             return sock.close()
@@ -430,7 +451,7 @@ class Connections:
     def _check_space(self, client: Client, room: Room) -> None:
         assert self._is_locked()
         undecided = sum(other.session not in room.sessions for other in self._claiming)
-        if len(room.stays) + undecided >= self.limits.max_clients:
+        if room.count(client.session >> SERVER_BITS) + undecided >= self.limits.max_clients:
             raise Farewell("the room is full", protocol.ROOM_FULL)
         self._check_address(client, room)
 
@@ -979,6 +1000,7 @@ class Handed(NamedTuple):
     reserved: Gate | None = None  # where lines for one client are counted until they are there
     reserved_lines: int = 1
     size: int = 0  # of those lines, in bytes
+    is_ours: bool = False  # on several machines: it comes back from the log
 
     @property
     def lines(self) -> int:
@@ -1000,7 +1022,8 @@ class EntryLog:
         self._crowd: list[Gate] = []  # whose threads wait for space
         self._closed = False  # nothing is handed in any more
         self._ahead = -math.inf  # of the monotonic clock, the time: as far as it ever was
-        self._lock = threading.Lock()  # guards all of the above but the waker
+        self._sessions = itertools.count(1)
+        self._lock = threading.Lock()  # guards all of the above but the waker and the sessions
 
     def __len__(self) -> int:
         """Return how many entries wait for a round."""
@@ -1068,6 +1091,22 @@ class EntryLog:
             crowd, self._crowd = self._crowd, []
         for gate in crowd:
             gate.ring()
+
+    def new_session(self) -> int:
+        """Return the number of a connection that is new."""
+        return next(self._sessions)
+
+    def until(self, moment: float) -> float:
+        """Return the seconds until the room's clock comes to a moment of its own accord."""
+        return moment - self.now() if moment < math.inf else moment
+
+    def start(self) -> None:
+        """Be ready for entries."""
+        return
+
+    def stop(self) -> None:
+        """Be done; nothing is taken any more."""
+        return
 
     def close(self) -> None:
         """Take no more entries."""
@@ -1257,6 +1296,46 @@ class Passed(NamedTuple):
     time: float
 
 
+class Turn(NamedTuple):
+    """A round of one of several servers begins; the time is the log's."""
+
+    server: int
+    time: float
+    number: int = 0
+
+
+class Entered(NamedTuple):
+    """A server is in the room from now on, maybe instead of what it was before."""
+
+    server: int
+    former: int = 0
+
+
+class Ended(NamedTuple):
+    """A server is in the room no more, in good order."""
+
+    server: int
+
+
+class Got(NamedTuple):
+    """Private lines have come to their reader, so many under its key by now."""
+
+    session: int
+    whispers: int
+
+
+class Restored(NamedTuple):
+    """A server goes on from what another has written down of the room."""
+
+    state: dict[str, Any]
+
+
+class Noted(NamedTuple):
+    """The server has something to say to all of its clients, outside of the room."""
+
+    line: str
+
+
 class Asked(NamedTuple):
     """Somebody asks what only the room can tell: "names" or "bans"."""
 
@@ -1271,9 +1350,11 @@ class Answered(NamedTuple):
     lines: list[bytes]  # as they are sent, each with its newline
 
 
+_OF_SERVERS = (Turn, Entered, Ended, Restored, Noted)  # of no session
+
 Entry = (
     Claim | Said | Whispered | Renamed | Left | Lost | Promoted | Kicked | Banned | Unbanned
-    | Passed | Asked | Answered
+    | Passed | Turn | Entered | Ended | Got | Restored | Noted | Asked | Answered
 )  # fmt: skip
 
 
@@ -1288,7 +1369,8 @@ class Begin(NamedTuple):
     asked: Introduction
     greeting: list[str]
     missed_private: int  # private lines that are not to be had any more
-    mail: tuple[tuple[int, bytes], ...]  # those that are, by position
+    whispers: int  # those that there ever were, but for the ones that follow
+    mail: tuple[tuple[int, bytes], ...]  # those that are to be had, by position
 
 
 class ToOne(NamedTuple):
@@ -1358,6 +1440,10 @@ class Mail(NamedTuple):
         size = sum(len(line) for _, line in lines)
         return Mail(self.total, lines, size, offered=self.total)
 
+    def is_full(self) -> bool:
+        """Tell whether one line more would push out another."""
+        return len(self.lines) >= MAIL_LINES or self.size >= MAIL_BYTES
+
 
 class Ban(NamedTuple):
     """Who may not come in: a name, and the address that it came from if that is known."""
@@ -1400,6 +1486,7 @@ class Room:
         self.durable = durable  # what is stored outlives the server
         self.end = end  # the position of the next line
         self.time = 0.0  # the latest that an entry has brought
+        self.clock = 0.0  # the same, or on several machines the log's own: it has no gaps
         self.bans = tuple(bans)
         self.stays: dict[int, Stay] = {}  # by number, as they joined
         self.names: dict[str, int] = {}  # which stay has a name, folded
@@ -1407,6 +1494,9 @@ class Room:
         self.keys: dict[str, int] = {}
         self.sessions: dict[int, int] = {}
         self.mail: dict[str, Mail] = {}  # by key
+        self.number = 0  # of the last round of several servers
+        # When each of several had its last round, the oldest first; changed in a copy.
+        self.servers: dict[int, float] = {}
         self.departed: dict[str, str] = {}  # addresses of who had a name last, by folded name
         self._set_deadline()
         # Of a draft alone: what the round makes, and whether its lines can be stored.
@@ -1421,7 +1511,7 @@ class Room:
         With `keeps` false the round's lines cannot be stored: what is said is refused to
         its authors, and nothing is announced.
         """
-        draft = Room.__new__(Room)
+        draft = object.__new__(type(self))
         vars(draft).update(vars(self))
         draft.lines, draft.effects, draft.keeps, draft.is_shared = [], [], keeps, True
         return draft
@@ -1432,7 +1522,7 @@ class Room:
         Raise `Refusal`, which was answered, or `Farewell` for what cannot be, and `Gone`
         when the session does not count any more; the room is as it was then.
         """
-        if self.is_shared and type(entry) not in self._CHANGES_NOTHING:
+        if type(entry) not in self._CHANGES_NOTHING:
             self._unshare()
         try:
             return self._VERBS[type(entry)](self, entry)
@@ -1452,7 +1542,7 @@ class Room:
             self.effects.append(End(entry.session, self.end, Ending.LEFT))
             if stay := self.by_session(entry.session) or before.by_session(entry.session):
                 self._strike(stay)
-        elif not is_awaited and not isinstance(entry, (Claim, Passed)):
+        elif not is_awaited and not isinstance(entry, (Claim, Passed, *_OF_SERVERS)):
             for _ in entry.lines if isinstance(entry, Said) else [entry]:
                 self._answer(entry.session, protocol.not_sent(protocol.UNFORESEEN))
 
@@ -1478,6 +1568,12 @@ class Room:
         """Return the names of all who are here, in the order in which they joined."""
         return [stay.name for stay in self.stays.values()]
 
+    def count(self, server: int) -> int:
+        """Return how many are here at one of several servers, or of whom it was the last."""
+        if not self.servers:
+            return len(self.stays)
+        return sum((s.session or s.number) >> SERVER_BITS == server for s in self.stays.values())
+
     def by_session(self, session: int) -> Stay | None:
         """Return the stay of a connection, if it counts."""
         return self.stays.get(self.sessions.get(session, 0))
@@ -1486,10 +1582,45 @@ class Room:
         """Return who has a name, in upper or lower case."""
         return self.stays.get(self.names.get(protocol.fold(name), 0))
 
+    def state(self) -> dict[str, Any]:
+        """Return all that a room is made of again by `restored`, as JSON has it."""
+        mail = {
+            key: [one.total, one.offered, one.kept_until, self._decoded(one.lines)]
+            for key, one in self.mail.items()
+        }
+        return {
+            "end": self.end, "time": self.time, "clock": self.clock, "mail": mail,
+            "bans": [[*ban] for ban in self.bans], "stays": [[*one] for one in self.stays.values()],
+            "departed": self.departed, "servers": [[*one] for one in self.servers.items()],
+            "number": self.number,
+        }  # fmt: skip
+
+    def _decoded(self, lines: Iterable[tuple[int, bytes]]) -> list[list[Any]]:
+        return [[position, line.decode("utf-8")] for position, line in lines]
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> Room:
+        """Return the room of which this is the state."""
+        room = cls(state["end"], [Ban(*ban) for ban in state["bans"]], durable=True)
+        room.time, room.clock = state["time"], state["clock"]
+        room.departed, room.number = dict(state["departed"]), state["number"]
+        room.servers = dict(state["servers"])
+        for stay in state["stays"]:
+            room._enter(Stay(*stay))
+        for key, (total, offered, kept, lines) in state["mail"].items():
+            mail = tuple((position, line.encode("utf-8")) for position, line in lines)
+            size = sum(len(line) for _, line in mail)
+            room.mail[key] = Mail(total, mail, size, kept_until=kept, offered=offered)
+        room._set_deadline()
+        return room
+
     # Joining and leaving.
 
     def _claim(self, claim: Claim) -> tuple[Stay, bool]:
         self._pass(claim.time)
+        server = claim.session >> SERVER_BITS
+        if server and server not in self.servers:  # it is over, and will have to know
+            raise Gone
         if (number := self.keys.get(claim.asked.key)) is not None:
             return self._take_over(self.stays[number], claim), True
         name = claim.asked.name
@@ -1545,7 +1676,8 @@ class Room:
         if mail.total:
             self.mail[stay.key] = mail  # while it is here, without an end
         missed = mail.total - had - len(mail.lines)
-        begin = Begin(claim.session, self.end, claim.asked, greeting, missed, mail.lines)
+        number = mail.total - len(mail.lines)
+        begin = Begin(claim.session, self.end, claim.asked, greeting, missed, number, mail.lines)
         self.effects.append(begin)
 
     def _enter(self, stay: Stay) -> None:
@@ -1569,10 +1701,14 @@ class Room:
             return self._left(Left(*lost))
         self._pass(lost.time)
         self.effects.append(End(lost.session, self.end, Ending.LEFT))
-        del self.sessions[lost.session]
-        self._enter(stay._replace(session=None, kept_until=self.time + HELD))
-        self._set_deadline()
+        self._hold(stay)
         return None
+
+    def _hold(self, stay: Stay) -> None:
+        """Keep the place of somebody whose connection has ended, for the key."""
+        del self.sessions[stay.session or 0]
+        self._enter(stay._replace(session=None, kept_until=self.clock + HELD))
+        self._set_deadline()
 
     def _leave(self, stay: Stay, line: str) -> None:
         """End a stay, with a line for the room."""
@@ -1581,8 +1717,9 @@ class Room:
         self.keys.pop(stay.key, None)
         self.sessions.pop(stay.session or 0, None)
         self._remember(stay)
+        self.mail.pop(_unkeyed(stay), None)
         if mail := self.mail.get(stay.key):
-            self.mail[stay.key] = mail._replace(kept_until=self.time + MAIL_KEPT)
+            self.mail[stay.key] = mail._replace(kept_until=self.clock + MAIL_KEPT)
             self._set_deadline()
         self._announce(line)
 
@@ -1601,13 +1738,18 @@ class Room:
 
     def _pass(self, now: float) -> None:
         """Let the room's time come to `now`, if that is later, and end what it ends."""
-        self.time = max(self.time, now)
-        if self.time < self.deadline:
+        if now > self.time:
+            self.time = self.clock = now
+        self._end_kept()
+
+    def _end_kept(self) -> None:
+        """End what is kept no more."""
+        if self.clock < self.deadline:
             return
         for stay in [*self.stays.values()]:
-            if stay.kept_until <= self.time:
+            if stay.kept_until <= self.clock:
                 self._leave(stay, protocol.left(stay.name))
-        self.mail = {k: mail for k, mail in self.mail.items() if mail.kept_until > self.time}
+        self.mail = {k: mail for k, mail in self.mail.items() if mail.kept_until > self.clock}
         self._set_deadline()
 
     def _set_deadline(self) -> None:
@@ -1615,6 +1757,69 @@ class Room:
         kept: list[Stay | Mail] = [*self.stays.values(), *self.mail.values()]
         ends = [ban.until for ban in self.bans if ban.until > self.time]
         self.deadline = min([one.kept_until for one in kept] + ends, default=math.inf)
+
+    # Several servers.
+
+    def _turned(self, turn: Turn) -> None:
+        """Let the log's clock move, and end what it ends before the round counts."""
+        self.number = turn.number
+        self.clock += min(max(0.0, turn.time - self.time), MAX_STEP)
+        self.time = max(self.time, turn.time)
+        over = []
+        for name, last in self.servers.items():  # whose last round is the oldest first
+            if self.clock - last <= ALIVE:
+                break
+            over.append(name)
+        if over or self.clock >= self.deadline:
+            self._unshare()
+        for name in over:
+            self._end_server(name)
+        self._end_kept()
+        if turn.server in self.servers:
+            self._note_round(turn.server)
+
+    def _note_round(self, name: int) -> None:
+        self.servers = self.servers.copy()
+        self.servers.pop(name, None)
+        self.servers[name] = self.clock
+
+    def _entered(self, entered: Entered) -> None:
+        self._end_server(entered.former)
+        self._note_round(entered.server)
+
+    def _ended(self, ended: Ended) -> None:
+        self._end_server(ended.server)
+
+    def _end_server(self, name: int) -> None:
+        """End the connections of a server that is over; nobody waits for what it does then."""
+        if name not in self.servers:
+            return
+        self.servers = {other: last for other, last in self.servers.items() if other != name}
+        for stay in [*self.stays.values()]:
+            if stay.session is None or stay.session >> SERVER_BITS != name:
+                continue
+            self.effects.append(End(stay.session, self.end, Ending.REPLACED, "the server is over"))
+            if stay.key:
+                self._hold(stay)
+            else:
+                self._leave(stay, protocol.left(stay.name))
+
+    def _restored(self, restored: Restored) -> None:
+        """Become another room; who is connected here has to come again."""
+        for session in self.sessions:
+            self.effects.append(End(session, self.end, Ending.REPLACED, "the server begins anew"))
+        kept = {name: getattr(self, name) for name in ("effects", "lines", "keeps", "is_shared")}
+        vars(self).update(vars(Room.restored(restored.state)), **kept)
+
+    def _noted(self, noted: Noted) -> None:
+        for session in self.sessions:
+            self._answer(session, noted.line)
+
+    def _got(self, got: Got) -> None:
+        stay = self._of(got)
+        box = stay.key or _unkeyed(stay)
+        if mail := self.mail.get(box):
+            self.mail[box] = mail.without(got.whispers)
 
     # Talking.
 
@@ -1632,15 +1837,18 @@ class Room:
         stay, other = self._of(whispered), self.stays.get(whispered.to)
         if other is None:
             raise Refusal(protocol.HAS_LEFT)
+        box = other.key or _unkeyed(other)
+        mail = self.mail.get(box, Mail())
+        if self.servers and mail.is_full():
+            raise Refusal(protocol.NOT_READING.format(name=other.name))
         line = protocol.private(stay.name, whispered.text)
         position, data = self.end, _encoded(line)
         self._answer(stay.session, protocol.sent_to(other.name, whispered.text))
         if other.session is not None:
             self.effects.append(ToOne(other.session, position, data))
-        if other.key:
-            mail = self.mail.get(other.key, Mail())
+        if box:
             is_offered = other.session is not None
-            self.mail[other.key] = mail.plus(position, data, is_offered=is_offered)
+            self.mail[box] = mail.plus(position, data, is_offered=is_offered)
         self.stays[other.number] = other._replace(correspondent=stay.number)
 
     def _renamed(self, renamed: Renamed) -> str:
@@ -1768,12 +1976,20 @@ class Room:
             raise Gone
         return self.stays[number]
 
-    _CHANGES_NOTHING = (Said, Answered, Asked)  # of the room but its end: most rounds copy nothing
+    # Of the room but its end, or they see to it themselves: most rounds copy nothing.
+    _CHANGES_NOTHING = (Said, Answered, Asked, Turn, Noted)
     _VERBS: ClassVar[dict[type, Callable[[Room, Any], Any]]] = {
         Said: _said, Whispered: _whispered, Answered: _answered, Asked: _asked,
         Claim: _claim, Renamed: _renamed, Left: _left, Lost: _lost, Passed: _passed,
         Promoted: _promoted, Kicked: _kicked, Banned: _banned, Unbanned: _unbanned,
+        Turn: _turned, Entered: _entered, Ended: _ended, Got: _got, Restored: _restored,
+        Noted: _noted,
     }  # fmt: skip
+
+
+def _unkeyed(stay: Stay) -> str:
+    """Return under what private lines stand for who has no key, on several machines; or ''."""
+    return "" if stay.key or not stay.number >> SERVER_BITS else f"#{stay.number}"
 
 
 # --- The broadcaster ---------------------------------------------------------
@@ -1787,8 +2003,9 @@ class Output:
     """
 
     __slots__ = (
-        "connection", "data", "fetching", "gate", "in_flight", "outbox", "parts_at", "patience",
-        "position", "reason", "released", "sent", "session", "until", "watched",
+        "confirmed", "connection", "data", "fetching", "gate", "in_flight", "outbox", "parts_at",
+        "patience", "position", "reason", "released", "sent", "session", "until", "watched",
+        "whispers",
     )  # fmt: skip
 
     def __init__(self, session: int, connection: Connection) -> None:
@@ -1800,6 +2017,8 @@ class Output:
         self.sent = 0  # bytes of that which its socket has taken
         self.in_flight = 0  # lines in it that are for this client alone
         self.outbox: list[tuple[int, bytes]] = []  # such lines, by position
+        self.whispers = 0  # private lines that it was ever given, under its key
+        self.confirmed = 0  # of which the room knows that they have come
         self.fetching = False  # what it gets next is being read from the file
         self.watched = False  # its socket is full; the selector tells when it is not
         self.until: int | None = None  # it leaves, and gets nothing from here on
@@ -1823,8 +2042,9 @@ class Output:
         """Put under way what is for this client alone and belongs here; tell if there is any."""
         count = sum(1 for position, _ in self.outbox if position <= self.position)
         if count:
-            self.data = b"".join(line for _, line in self.outbox[:count])
-            self.in_flight = count
+            lines = [line for _, line in self.outbox[:count]]
+            self.data, self.in_flight = b"".join(lines), count
+            self.whispers += sum(map(protocol.is_private, lines))
             del self.outbox[:count]
         return count > 0
 
@@ -1857,7 +2077,7 @@ class Broadcaster:
         self.outputs: dict[int, Output] = {}  # by session, who is in the room
         self._sockets = Sockets()
         self._store = Store(history, self.room.bans)
-        self.entries = EntryLog(self._sockets.waker)
+        self.entries = open_log(self, self._sockets.waker)
         self._pager = Pager(history, self._sockets.waker)
         history.on_waiting = self._say_waiting
         self._following: list[Output] = []  # whom rounds serve: in the room, or parting
@@ -1876,6 +2096,7 @@ class Broadcaster:
         """Start the thread, and who reads the file for it."""
         self._thread.start()
         self._pager.start()
+        self.entries.start()
 
     def stop(self) -> None:
         """Deliver what was handed in, tell everyone, and end the thread."""
@@ -1886,6 +2107,7 @@ class Broadcaster:
         self.history.give_up()
         # A disk that does not answer must not hold up the end; its thread ends with the process.
         self._thread.join(STOP_DELIVER - STOP_WAIT + 0.5)
+        self.entries.stop()
         self._pager.stop()
 
     def close(self) -> None:
@@ -1931,7 +2153,7 @@ class Broadcaster:
             timeout = 0.0
         else:
             now = time.monotonic()
-            ends = [self._stop_at, self._look_at, now + self.room.deadline - self.entries.now()]
+            ends = [self._stop_at, self._look_at, now + self.entries.until(self.room.deadline)]
             ends += (output.parts_at for output in self._parting)
             if (first := min(ends)) < math.inf:
                 timeout = max(0.0, min(first - now, LONGEST_WAIT))
@@ -1968,7 +2190,7 @@ class Broadcaster:
                 self._end_stuck()
             if self._look_at <= time.monotonic():
                 self._end_dead()
-            self._log_said(start)
+            self._log_said(start or self.history.end)  # 0: a shared history had not begun
         finally:
             self._following = [o for o in self._following if not o.released]
             outcomes, self._outcomes = self._outcomes, []
@@ -1987,8 +2209,8 @@ class Broadcaster:
         batch = self.entries.take()
         self._outcomes += (handed.outcome for handed in batch if handed.outcome)
         self._claims = {handed.output.session: handed.output for handed in batch if handed.output}
-        if self.room.deadline < math.inf and self.room.deadline <= (now := self.entries.now()):
-            batch.append(Handed(Passed(now)))
+        if self.entries.until(self.room.deadline) <= 0:
+            batch.append(Handed(Passed(self.entries.now())))
         if batch:
             try:
                 self._apply(batch)
@@ -2027,7 +2249,8 @@ class Broadcaster:
 
     def _value(self, room: Room, handed: Handed) -> Any:
         """Apply an entry to a draft of the room, and return what became of it."""
-        if handed.output is not None and handed.output.gate.closed:
+        # On several machines all have it, and all have to judge it alike.
+        if handed.output is not None and handed.output.gate.closed and not handed.is_ours:
             return Gone()  # turned away while its claim was on the way
         try:
             return room.apply(handed.entry)
@@ -2070,6 +2293,7 @@ class Broadcaster:
             lines.append(protocol.missed_private(begin.missed_private))
         for line in lines:
             output.enqueue(start, _encoded(line))
+        output.whispers = output.confirmed = begin.whispers
         for position, data in begin.mail:
             output.enqueue(min(position, end), data)
         if self._look_at == math.inf:
@@ -2759,6 +2983,14 @@ def _has(line: str, word: str) -> bool:
     return word in line.lower() and any(word in part.lower() for part in protocol.parts(line)[1:])
 
 
+def open_history(where: str | None, fmt: str) -> History:
+    """Return the history that an option names; raise `HistoryError`."""
+    if where is None:
+        return History(fmt)
+    shared = where.startswith(("postgresql://", "postgres://"))
+    return SharedHistory(where, fmt) if shared else FileHistory(where, fmt)
+
+
 class FileHistory(History):
     """A history that is in a file before anybody sees it, and goes on there after a restart.
 
@@ -3201,6 +3433,1188 @@ def _prepare(database: sqlite3.Connection, fmt: str) -> None:
     database.execute("PRAGMA busy_timeout=0")  # the waiting is ours from here on
 
 
+# --- Several machines --------------------------------------------------------
+
+# Servers with one history are one room: what is handed in to any of them stands in one
+# log, in rounds, and each applies what it has read back from there, in that order.  A
+# simulation of this (tests/test_simulation.py) fails with any of its rules left out.
+# Whoever runs one server alone does not come here, and imports nothing for it.
+
+
+class Over(Exception):
+    """This server's part in the log is over; it enters anew, from the newest point."""
+
+
+class Forked(Exception):
+    """What the database has is not what was read there before; nothing goes on from here."""
+
+
+class Row(NamedTuple):
+    """A round as the log has it."""
+
+    number: int
+    time: float  # the database's, in seconds since the epoch
+    server: int
+    batch: int  # the server's own count of its rounds
+    entries: str
+
+
+class Append(NamedTuple):
+    """What a server asks of the log: to have a round of its own, once, and all before it."""
+
+    server: int
+    batch: int
+    entries: str
+    after: int  # the rows behind this number are wanted
+
+
+_SHARED_KINDS: tuple[type[Any], ...] = (
+    Said, Claim, Whispered, Renamed, Left, Lost, Promoted, Kicked, Banned, Unbanned,
+    Entered, Ended, Got,
+)  # fmt: skip
+_TAGS = {kind: tag for tag, kind in enumerate(_SHARED_KINDS)}  # as they stand in the log
+
+
+def is_shared(entry: Entry) -> bool:
+    """Tell whether an entry concerns all servers, and not just one client of one."""
+    return type(entry) in _TAGS
+
+
+def undated(entry: Any) -> Any:
+    """Return an entry without a time of this machine's: it will be the log's."""
+    return entry._replace(time=0.0) if hasattr(entry, "time") else entry
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _parsed(text: str) -> Any:
+    import json
+
+    return json.loads(text)
+
+
+def encode_entries(entries: Iterable[Any]) -> str:
+    """Return entries as a row has them."""
+    rows: list[list[Any]] = []
+    for entry in entries:
+        fields = [_TAGS[type(entry)], *entry]
+        if type(entry) is Said:  # as nearly all are
+            fields[2] = b"\n".join(entry.lines).decode("utf-8")
+        rows.append(fields)
+    return _json(rows)
+
+
+def decode_entries(text: str) -> list[Any]:
+    """Return the entries of a row."""
+    entries: list[Any] = []
+    for tag, *fields in _parsed(text):
+        kind = _SHARED_KINDS[tag]
+        if kind is Said:
+            fields[1] = fields[1].encode("utf-8").split(b"\n")
+        elif kind is Claim:
+            fields[1] = Introduction(*fields[1])
+        entries.append(kind(*fields))
+    return entries
+
+
+class Follower:
+    """One server's part in the log: what to append, and what of it to apply next.
+
+    No connection, thread or clock.  The way of a part: `begin` its first round, which
+    says that the server enters; when that is in the log, `start` from the newest point;
+    then apply what `answered` and `heard` give, and begin the next round when
+    `is_free`.  Each name is used for one part only.
+    """
+
+    def __init__(self, server: int, former: int = 0) -> None:
+        self.server = server
+        self.number: int | None = None  # of the last row that was given to be applied
+        self._last: tuple[int, int] | None = None  # its server and batch
+        self._batch = 0
+        self._under_way: list[Handed] | None = None  # our round, until it is read back
+        self._text = ""  # of that
+        self._is_current = False  # a round of ours is committed on this connection
+        self.begin([Handed(Entered(server, former))])
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the last round was read back, so that another may begin."""
+        return self._under_way is None
+
+    @property
+    def call(self) -> Append:
+        """What to ask of the log, again and again until it answers: always the very same.
+
+        On a new connection an empty round will do.  The last row that was applied is
+        wanted there once more.
+        """
+        if self.number is None:
+            after = MAX_NUMBER  # what is before it comes with the point
+        else:
+            after = self.number if self._is_current else self.number - 1
+        return Append(self.server, self._batch, self._text, after)
+
+    def begin(self, handed: list[Handed]) -> None:
+        """Have a next round; what concerns clients of ours alone stands in it, not in the log."""
+        assert self.is_free
+        self._batch += 1
+        self._under_way = [one._replace(entry=undated(one.entry)) for one in handed]
+        shared = (one.entry for one in self._under_way if is_shared(one.entry))
+        self._text = encode_entries(shared)
+
+    def connected(self) -> None:
+        """Know that what comes next comes on a new connection, maybe from another database.
+
+        Nothing read there counts before a round of ours is committed there: it is not,
+        where nobody follows any more.
+        """
+        self._is_current = False
+        if self.is_free:
+            self.begin([])
+
+    def start(self, number: int, rows: list[Row]) -> list[Handed]:
+        """Follow from a point on, with the rows behind it, read together after `Entered` was in."""
+        self.number, self._is_current = number, True
+        handed = self._next(rows)
+        self._under_way = None  # the point may have it already
+        return handed
+
+    def answered(self, rows: list[Row]) -> list[Handed]:
+        """Return what to apply of the rows that came with the end of our round.
+
+        Raise `Over` or `Forked`.
+        """
+        assert self.number is not None
+        if not rows or max(row.number for row in rows) <= self.number:
+            raise Forked  # our own stands before what was read already
+        if not self._is_current and rows[0].number == self.number:
+            if self._last not in (None, rows[0][2:4]):
+                raise Forked
+            rows = rows[1:]
+        self._is_current = True
+        return self._next(rows)
+
+    def heard(self, rows: list[Row]) -> list[Handed]:
+        """Return what to apply of rows that others have appended; raise `Over`."""
+        return self._next(rows) if self._is_current and self.number is not None else []
+
+    def abandoned(self) -> list[Handed]:
+        """Return what was under way, now that this part is over."""
+        handed, self._under_way = self._under_way or [], None
+        return [one for one in handed if one.is_ours]
+
+    def _next(self, rows: list[Row]) -> list[Handed]:
+        """Return what the rows that were not given yet say, in their order."""
+        assert self.number is not None
+        handed: list[Handed] = []
+        for row in rows:
+            if row.number <= self.number:
+                continue
+            if row.number != self.number + 1:
+                raise Over  # what is missing was trimmed away
+            handed.append(Handed(Turn(row.server, row.time, row.number)))
+            if (row.server, row.batch) == (self.server, self._batch):
+                handed += self._under_way or ()
+                self._under_way = None
+            else:
+                handed += map(Handed, decode_entries(row.entries))
+            self.number, self._last = row.number, (row.server, row.batch)
+        return handed
+
+
+class Away(Exception):
+    """The database gives no answer that counts; what was asked may be done or not."""
+
+
+class Database:
+    """A connection to whichever of a database's hosts answers; the own thing of one thread.
+
+    It waits for no answer longer than it is told to, which the driver's own calls cannot
+    promise: what waits for a standby is ended by nothing but the end of the connection.
+    """
+
+    def __init__(self, address: str) -> None:
+        try:
+            import psycopg.conninfo  # type: ignore[import-not-found, unused-ignore]
+        except ImportError:
+            raise HistoryError(
+                "a history in PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
+            ) from None
+        self._pq: Any = psycopg.pq
+        self._error: type[Exception] = psycopg.Error
+        conninfo: Any = psycopg.conninfo
+        try:
+            options = conninfo.conninfo_to_dict(address)
+        except self._error as error:
+            raise HistoryError(f"--history: {_last_line(str(error))}") from None
+        if options.get("password"):
+            raise HistoryError(
+                "leave the password out of --history, where all can see it on this machine;"
+                " PostgreSQL takes it from a file, PGPASSFILE or ~/.pgpass"
+            )
+        self._link: Any = None
+        self._is_cancelled = False  # the server has warned that a wait for a standby was ended
+        self._hosts = [conninfo.make_conninfo(**host).encode() for host in _hosts(options)]
+        self._tried = 0  # hosts, ever
+        where = ",".join(str(host.get("host", "localhost")) for host in _hosts(options))
+        self.shown = f"postgresql://{where}/{options.get('dbname', '')}"
+
+    @property
+    def hosts(self) -> int:
+        """How many there are to try."""
+        return len(self._hosts)
+
+    def connect(self, seconds: float, tick: Callable[[], None] = lambda: None) -> None:
+        """Connect to the next host; raise `Away`."""
+        self.close()
+        deadline = time.monotonic() + seconds
+        host = self._hosts[self._tried % len(self._hosts)]
+        self._tried += 1
+        with self._failing():
+            self._link = link = self._pq.PGconn.connect_start(host)
+            polling = self._pq.PollingStatus
+            state = polling.WRITING
+            while state != polling.OK:
+                if state == polling.FAILED:
+                    raise Away(self._failure())
+                self._wait(deadline, tick, writable=state == polling.WRITING)
+                state = link.connect_poll()
+            link.nonblocking = 1
+            link.notice_handler = self._note
+        self.execute("SET synchronous_commit = on", seconds=seconds)
+        self.execute("SET default_transaction_isolation = 'read committed'", seconds=seconds)
+
+    def reach(self, seconds: float) -> None:
+        """Connect to the next host that answers, each tried once; raise `Away`."""
+        for left in reversed(range(self.hosts)):
+            try:
+                self.connect(seconds)
+                break
+            except Away:
+                if not left:
+                    raise
+
+    def execute(
+        self,
+        statement: str,
+        *values: object,
+        seconds: float = 5.0,
+        tick: Callable[[], None] = lambda: None,
+    ) -> list[tuple[str, ...]]:
+        """Have one statement done and return its rows; raise `Away`.
+
+        `tick` is called now and then while it waits.
+        """
+        deadline = time.monotonic() + seconds
+        self._is_cancelled = False
+        link = self._link
+        if link is None:
+            raise Away("there is no connection")
+        with self._failing():
+            link.send_query_params(statement.encode(), [str(value).encode() for value in values])
+            while unsent := link.flush():
+                self._wait(deadline, tick, writable=bool(unsent))
+                link.consume_input()
+            results = []
+            while True:
+                while link.is_busy():
+                    self._wait(deadline, tick)
+                    link.consume_input()
+                if (result := link.get_result()) is None:
+                    break
+                results.append(result)
+        return self._rows(results)
+
+    def is_notified(self) -> bool:
+        """Tell whether somebody has appended since the last time; raise `Away`."""
+        count = 0
+        with self._failing():
+            self._link.consume_input()
+            while self._link.notifies():
+                count += 1
+        return count > 0
+
+    def wait(self, waker: Waker, seconds: float) -> None:
+        """Wait until the database or the waker has something to tell."""
+        with self._failing(), selectors.DefaultSelector() as selector:
+            selector.register(self._link.socket, selectors.EVENT_READ)
+            selector.register(waker, selectors.EVENT_READ)
+            selector.select(max(0.0, seconds))
+
+    @property
+    def process(self) -> str:
+        """The number of the server's process, as it was told when connecting."""
+        return str(self._link.backend_pid)
+
+    @property
+    def version(self) -> int:
+        """The server's version, 150004 for 15.4."""
+        return int(self._link.server_version)
+
+    def close(self) -> None:
+        """End the connection, whatever it waits for."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.finish()
+
+    def _wait(self, deadline: float, tick: Callable[[], None], writable: bool = False) -> None:
+        """Wait for the socket; raise `Away` at the deadline."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writable else 0)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._link.socket, events)
+            while not selector.select(min(0.25, max(0.0, deadline - time.monotonic()))):
+                tick()
+                if time.monotonic() > deadline:
+                    raise Away("it does not answer")
+
+    def _rows(self, results: list[Any]) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = []
+        for result in results:
+            if result.status not in (self._pq.ExecStatus.TUPLES_OK, self._pq.ExecStatus.COMMAND_OK):
+                if result.error_field(self._pq.DiagnosticField.SQLSTATE) == OTHER_RULES.encode():
+                    raise HistoryError(f"{self.shown} is used by another version; use that one")
+                raise Away(_last_line(result.error_message.decode("utf-8", "replace")))
+            for row in range(result.ntuples):
+                values = (result.get_value(row, column) for column in range(result.nfields))
+                rows.append(tuple((value or b"").decode() for value in values))
+        if self._is_cancelled:
+            raise Away("a wait for a standby was cancelled there")
+        return rows
+
+    def _note(self, notice: Any) -> None:
+        """Take a warning for what it is: what was committed may be nowhere else."""
+        severity = notice.error_field(self._pq.DiagnosticField.SEVERITY_NONLOCALIZED)
+        if severity == b"WARNING":
+            self._is_cancelled = True
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Raise `Away` for whatever the driver or the system says of a broken connection."""
+        try:
+            yield
+        except (self._error, OSError, ValueError, KeyError):
+            raise Away(self._failure()) from None
+
+    def _failure(self) -> str:
+        """Say what went wrong, in one line that has nothing secret in it."""
+        if self._link is None:
+            return "it cannot be reached"
+        return _last_line(self._link.error_message.decode("utf-8", "replace"))
+
+
+def _hosts(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the options for each host of several; they are tried in turn, by us."""
+    common = {
+        "target_session_attrs": "read-write", "client_encoding": "UTF8", "connect_timeout": "5",
+        "application_name": "chat",
+    }  # fmt: skip
+    options = {**options, **common}
+    hosts = str(options.get("host", "")).split(",")
+    ports = str(options.get("port", "")).split(",")
+    if hosts == [""]:
+        return [options]
+    ports *= len(hosts) if len(ports) == 1 else 1
+    pairs = zip(hosts, ports, strict=True)
+    return [{**options, "host": host, "port": port or "5432"} for host, port in pairs]
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines() or ["no reason was given"]
+    return protocol.escape(lines[0].rpartition("FATAL:  ")[2].removeprefix("ERROR:  "), "utf-8")
+
+
+MARK = "classic-chat"  # the comment on the tables' schema
+RULES = 1  # the version of the tables, and of what a round does to a room
+OTHER_RULES = "CH001"
+TABLES = """
+    CREATE SCHEMA chat;
+    COMMENT ON SCHEMA chat IS 'classic-chat';
+    CREATE TABLE chat.room (
+        number bigint NOT NULL, touched bigint NOT NULL, rules int NOT NULL, format text NOT NULL
+    ) WITH (fillfactor = 10);
+    CREATE TABLE chat.servers (
+        server bigint PRIMARY KEY, batch bigint NOT NULL, time double precision NOT NULL
+    );
+    CREATE TABLE chat.rounds (
+        number bigint PRIMARY KEY, time double precision NOT NULL, server bigint NOT NULL,
+        batch bigint NOT NULL, entries text NOT NULL
+    );
+    CREATE TABLE chat.points (
+        number bigint PRIMARY KEY, time double precision NOT NULL, position bigint NOT NULL,
+        state text NOT NULL
+    );
+    CREATE TABLE chat.lines (
+        position bigint PRIMARY KEY, time double precision NOT NULL,
+        kind text NOT NULL, name text NOT NULL, text text NOT NULL
+    );
+    CREATE FUNCTION chat.append(
+        rules_ int, server_ bigint, batch_ bigint, entries_ text, after_ bigint
+    ) RETURNS SETOF chat.rounds LANGUAGE plpgsql AS $$
+    DECLARE
+        last bigint;
+        now_ double precision;
+        added int := 0;
+    BEGIN
+        -- Whoever holds this row is alone, to the end of the commit: numbers have no gaps.
+        SELECT number INTO last FROM chat.room WHERE rules = rules_ FOR UPDATE;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'another version of the rules' USING ERRCODE = 'CH001';
+        END IF;
+        now_ := extract(epoch FROM clock_timestamp());
+        INSERT INTO chat.servers AS known VALUES (server_, batch_, now_)
+            ON CONFLICT (server) DO UPDATE SET batch = batch_, time = now_
+            WHERE known.batch < batch_;
+        IF FOUND THEN
+            added := 1;
+            INSERT INTO chat.rounds VALUES (last + 1, now_, server_, batch_, entries_);
+            PERFORM pg_notify('chat', '');
+        END IF;
+        -- Also what was there already is written for, so that its answer waits for the standby.
+        UPDATE chat.room SET number = last + added, touched = touched + 1;
+        RETURN QUERY SELECT * FROM chat.rounds WHERE rounds.number > after_ ORDER BY 1;
+    END $$;
+"""
+READ_LINES = "SELECT position, time, kind, name, text FROM chat.lines"
+READ_ROWS = "SELECT number, time, server, batch, entries FROM"
+
+
+def prepare(database: Database, fmt: str) -> None:
+    """Make the tables if they are not there; raise `HistoryError` if they are not ours."""
+    try:
+        database.reach(CONNECT)
+        if database.version < 150_000:
+            raise HistoryError(f"{database.shown} is older than PostgreSQL 15; use a newer one")
+        if database.execute("SELECT pg_backend_pid()") != [(database.process,)]:
+            raise HistoryError(f"{database.shown} is a pooler; name PostgreSQL's own address")
+        database.execute("BEGIN")
+        database.execute(f"SELECT pg_advisory_xact_lock({LOCK})")
+        found = database.execute(
+            "SELECT coalesce(obj_description(oid, 'pg_namespace'), '') FROM pg_namespace"
+            " WHERE nspname = 'chat'"
+        )
+        if not found:
+            _make_tables(database, fmt)
+        elif found != [(MARK,)]:
+            raise HistoryError(f"{database.shown} has a chat of another program; choose another")
+        [(rules, its_format)] = database.execute("SELECT rules, format FROM chat.room")
+        database.execute("COMMIT")
+    except Away as error:
+        remedy = "see that PostgreSQL runs there and lets this program in"
+        raise HistoryError(f"cannot use {database.shown}: {error}; {remedy}") from None
+    finally:
+        database.close()
+    if rules != str(RULES):
+        raise HistoryError(f"{database.shown} is used by another version; use that one")
+    if its_format != fmt:
+        raise HistoryError(f"{database.shown} is in {its_format}; start with --format {its_format}")
+
+
+def _make_tables(database: Database, fmt: str) -> None:
+    # One statement at a time, as the protocol has it; the function is the last, and one.
+    tables, create, function = TABLES.partition("CREATE FUNCTION")
+    for statement in [*filter(str.strip, tables.split(";")), create + function]:
+        database.execute(statement)
+    database.execute("INSERT INTO chat.room VALUES (0, 0, $1, $2)", RULES, fmt)
+    now = time.time()
+    state = Room(int(now * 1000), durable=True).state()
+    database.execute(
+        "INSERT INTO chat.points VALUES (0, $1, $2, $3)", now, state["end"], _json(state)
+    )
+
+
+class Beginning(NamedTuple):
+    """What a server goes on from: a point, what stands behind it, and the last lines."""
+
+    server: int  # under which name
+    number: int
+    state: dict[str, Any]
+    rows: list[Row]
+    oldest: int
+    lines: list[bytes]
+    times: list[float]
+
+
+class SharedHistory(History):
+    """A history in a database that several servers have: the room is all of them.
+
+    The broadcaster appends what is in the log already; a point puts it into a table, and
+    only then may it leave memory.  Who is far behind and who searches is served from
+    there.  Raise `HistoryError` when the database cannot be used.
+    """
+
+    def __init__(self, address: str, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
+        super().__init__(fmt, retained)
+        self.address = address
+        self.first = self._oldest = self._kept = 0  # until it begins
+        self.time = 0.0  # of what is appended next
+        self.busy = 0  # the number of the last round in which anything happened
+        self._pages, self._questions, self._searches = (Reader(address) for _ in range(3))
+        prepare(Database(address), fmt)
+
+    @property
+    def oldest(self) -> int:
+        """The first position in the table."""
+        return self._oldest
+
+    def begin(self, beginning: Beginning) -> None:
+        """Go on from somewhere else; the broadcaster's."""
+        with self._lock:
+            end = beginning.state["end"]
+            self.first, self._lines = end - len(beginning.lines), beginning.lines
+            self._times, self._oldest, self._kept = beginning.times, beginning.oldest, end
+
+    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
+        """Give lines their positions; where they are kept is the log."""
+        with self._lock:
+            self._lines += lines
+            self._times += [self.time] * len(lines)
+            excess = max(0, min(len(self._lines) - self.retained, self._kept - self.first))
+            del self._lines[:excess], self._times[:excess]
+            self.first += excess
+
+    def kept_to(self, position: int) -> None:
+        """Know that all before a position is in the table."""
+        with self._lock:
+            self._kept = max(self._kept, position)
+
+    def between(self, position: int, end: int) -> list[list[Any]]:
+        """Return lines as the table has them."""
+        with self._lock:
+            start = max(position, self.first)
+            some = slice(start - self.first, end - self.first)
+            rows = zip(self._times[some], self._lines[some], strict=True)
+        return [
+            [number, when, *protocol.parts(line.decode(self.fmt))]
+            for number, (when, line) in enumerate(rows, start)
+        ]
+
+    def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
+        """Return at most `PAGE` lines from the table, as soon as the database answers."""
+        while not self._ending.is_set():
+            with contextlib.suppress(NotReadable):
+                rows = self._pages.ask(
+                    f"{READ_LINES} WHERE position >= $1 AND position < $2"
+                    f" ORDER BY position LIMIT {PAGE}",
+                    position,
+                    end,
+                )
+                lines = [line.line.encode(self.fmt) for _, line in map(_recalled, rows)]
+                return (int(rows[0][0]) if rows else end), lines
+            self._ending.wait(AGAIN)
+        raise NotReadable("the history ends")
+
+    def last(self, count: int) -> list[Recalled]:
+        """Return the last `count` lines of all that was ever said."""
+        first = self.first
+        found = super().last(count)
+        if len(found) < count and first > self._oldest:
+            rows = self._questions.ask(
+                f"{READ_LINES} WHERE position < $1 ORDER BY position DESC LIMIT $2",
+                first,
+                count - len(found),
+            )
+            found = [line for _, line in map(_recalled, reversed(rows))] + found
+        return found
+
+    def _search_before(self, end: int, word: str) -> SearchedPage:
+        """Look for a lower-case word in memory first, then page by page in the table."""
+        if end > self.first:
+            return super()._search_before(end, word)
+        rows = self._searches.ask(
+            f"{READ_LINES} WHERE position < $1 ORDER BY position DESC LIMIT {SEARCH_PAGE}", end
+        )
+        if not rows:
+            return SearchedPage(self.oldest, 0.0, [])
+        found = [line for _, line in map(_recalled, rows) if _has(line.line, word)]
+        start, last = _recalled(rows[-1])
+        return SearchedPage(start, last.time, found)
+
+    def close(self) -> None:
+        """Close the connections."""
+        super().close()
+        for reader in (self._pages, self._questions, self._searches):
+            reader.close()
+
+
+class Reader:
+    """A connection for questions, kept between them; any thread, under its lock."""
+
+    def __init__(self, address: str) -> None:
+        self._database = Database(address)
+        self._lock = threading.Lock()  # guards the connection: one question at a time
+
+    def ask(self, statement: str, *values: object) -> list[tuple[str, ...]]:
+        """Return the rows that answer a question; raise `NotReadable`."""
+        try:
+            with self._lock:
+                return _ask(self._database, statement, *values)
+        except Away as error:
+            raise NotReadable(str(error)) from None
+
+    def close(self) -> None:
+        """Close the connection, when nobody asks."""
+        with self._lock:
+            self._database.close()
+
+
+def _recalled(row: tuple[str, ...]) -> tuple[int, Recalled]:
+    position, when, kind, name, text = row
+    return int(position), Recalled(float(when), str(Line(Kind(kind), name, text)))
+
+
+def _ask(database: Database, statement: str, *values: object) -> list[tuple[str, ...]]:
+    """Ask on a connection that is kept, or on a new one if it broke; raise `Away`."""
+    try:
+        return database.execute(statement, *values)
+    except Away:
+        try:
+            database.reach(CONNECT)
+            return database.execute(statement, *values)
+        except Away:
+            database.close()
+            raise
+
+
+class Arrival(NamedTuple):
+    """Something for the broadcaster to apply, in its order."""
+
+    handed: list[Handed]
+    beginning: Beginning | None = None  # it goes on from there
+
+
+class SharedLog(EntryLog):
+    """The log of a room that several servers have: rounds in a database.
+
+    What was handed in here goes there and comes back by the `Follower`'s thread.  What
+    concerns only one client waits for what that client handed in before, and is applied
+    at once if there is nothing.
+    """
+
+    def __init__(self, broadcaster: Broadcaster, history: SharedHistory, waker: Waker) -> None:
+        super().__init__(Waker())  # wakes the thread that follows the log
+        self._pending: Counter[int] = Counter()  # entries that wait or are under way, by session
+        self._unapplied = 0  # of those, all together
+        self._arrived: deque[Arrival] = deque()
+        self._is_waiting = False  # the database is away for longer than people can be left alone
+        # Guarded by the lock: all of the above.  The broadcaster's own:
+        self._served: list[Handed] = []  # of ours, in the round that is being applied
+        self._entered = 0  # the name under which this server is in the room
+        self._confirm_at = 0.0  # when to look next for private lines that have come
+        self._broadcaster = broadcaster
+        self._history = history
+        self._room_waker = waker
+        self._keeper = Keeper(broadcaster, history)
+        self._scribe = Scribe(self, self._waker, history, self._keeper)
+
+    # For any thread.
+
+    def __len__(self) -> int:
+        """Return how many entries wait to be applied."""
+        return self._unapplied + len(self._arrived)
+
+    def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
+        """Append an entry and return its number, as `EntryLog` does.
+
+        Raise `Farewell` for who asks to come in while the database is away.
+        """
+        number = super().hand_in(handed, gate)
+        if not is_shared(handed.entry):
+            self._room_waker.wake()
+        return number
+
+    def _append(self, handed: Handed, gate: Gate | None) -> bool:
+        if gate is not None and not gate.is_open():
+            return False
+        session = getattr(handed.entry, "session", 0)
+        with self._lock:
+            if self._closed:
+                raise Gone
+            if self._is_waiting and type(handed.entry) is Claim:
+                raise _no_admission()
+            if not is_shared(handed.entry) and not self._pending[session]:
+                self._arrived.append(Arrival([handed]))
+            elif gate is not None and self.lines >= MAX_QUEUED:
+                self._crowd.append(gate)
+                return False
+            else:
+                self._handed.append(handed._replace(is_ours=True))
+                self._lines += handed.lines
+                self._pending[session] += 1
+                self._unapplied += 1
+            self._count += 1
+            return True
+
+    def is_applied(self, number: int) -> bool:
+        """Tell that it has to be asked: entries do not come back in the order of all."""
+        return False
+
+    def new_session(self) -> int:
+        """Return the number of a connection that is new, here and on all servers."""
+        return self._scribe.server << SERVER_BITS | super().new_session()
+
+    def until(self, moment: float) -> float:
+        """Time comes with the rounds of the log alone."""
+        return math.inf
+
+    def start(self) -> None:
+        """Start following."""
+        self._scribe.start()
+        self._keeper.start()
+
+    def stop(self) -> None:
+        """Say that this server ends, if the database is there, and end the threads."""
+        if self._scribe.stop():
+            self._waker.close()
+        self.drop(self.gather(is_due=True) or [], Gone())
+        self._keeper.stop()
+
+    # For the broadcaster.
+
+    def take(self) -> list[Handed]:
+        """Return what has come, up to where the room goes on from somewhere else."""
+        batch: list[Handed] = []
+        with self._lock:
+            while self._arrived and not (batch and self._arrived[0].beginning):
+                handed, beginning = self._arrived.popleft()
+                if beginning is not None:
+                    self._history.begin(beginning)
+                    self._entered = beginning.server
+                batch += handed
+        number = 0
+        for one in batch:
+            if isinstance(one.entry, Turn):
+                number, self._history.time = one.entry.number, one.entry.time
+            elif is_shared(one.entry):
+                self._history.busy = number
+        self._served += (one for one in batch if one.is_ours)
+        return batch
+
+    def end_round(self) -> None:
+        """Count what was taken as done, and let those go on who wait for space."""
+        served, self._served = self._served, []
+        self.forget(served)
+        if self._entered and self._entered not in self._broadcaster.room.servers:
+            self._scribe.end_part(self._entered)
+            self._entered = 0
+        if time.monotonic() > self._confirm_at:
+            self._confirm_private()
+
+    def _confirm_private(self) -> None:
+        """Have the room know which private lines have come, as far as the network tells."""
+        self._confirm_at = time.monotonic() + CONFIRM
+        for output in [*self._broadcaster.outputs.values()]:
+            is_new = output.whispers > output.confirmed and not output.data
+            if is_new and output.connection.is_acknowledged():
+                output.confirmed = output.whispers
+                with contextlib.suppress(Gone):
+                    self.hand_in(Handed(Got(output.session, output.whispers)))
+
+    # For the thread that follows.
+
+    def gather(self, *, is_due: bool) -> list[Handed] | None:
+        """Return what is to be the next round; None if there need not be one."""
+        with self._lock:
+            if not (self._handed or is_due):
+                return None
+            handed, self._handed = self._handed, []
+            self._lines_taken += self._lines
+            self._lines = 0
+        return handed
+
+    def deliver(self, *handed: Handed, beginning: Beginning | None = None) -> None:
+        """Have the broadcaster apply what has come."""
+        if handed:
+            with self._lock:
+                self._arrived.append(Arrival([*handed], beginning))
+            self._room_waker.wake()
+
+    def forget(self, handed: list[Handed]) -> None:
+        """Count entries of ours as done with, and let those go on who wait for space."""
+        with self._lock:
+            for one in handed:
+                session = getattr(one.entry, "session", 0)
+                self._lines_taken -= one.lines
+                self._unapplied -= 1
+                self._pending[session] -= 1
+                if self._pending[session] <= 0:
+                    del self._pending[session]
+            crowd, self._crowd = self._crowd, []
+        for gate in crowd:
+            gate.ring()
+
+    def drop(self, handed: list[Handed], why: Exception) -> None:
+        """Let all know who wait for entries that are not applied any more."""
+        self.forget(handed)
+        for one in handed:
+            if one.reserved is not None:
+                one.reserved.remove(one.reserved_lines, one.size)
+            if one.outcome is not None:
+                one.outcome.value = why
+                one.outcome.settle()
+
+    def wait(self) -> None:
+        """Tell people that the database is away; nobody comes in meanwhile."""
+        with self._lock:
+            self._is_waiting = True
+            claims = [one for one in self._handed if type(one.entry) is Claim]
+            self._handed = [one for one in self._handed if type(one.entry) is not Claim]
+            self._lines -= len(claims)
+            self._lines_taken += len(claims)  # until they are forgotten
+        self.drop(claims, _no_admission())
+        self.deliver(Handed(Noted(protocol.WAITING)))
+
+    def go_on(self) -> None:
+        """Tell people that the database is there again."""
+        with self._lock:
+            self._is_waiting = False
+        self.deliver(Handed(Noted(protocol.GOES_ON)))
+
+
+def _no_admission() -> Farewell:
+    return Farewell("the room is waiting", protocol.WAITING_AT_THE_DOOR)
+
+
+class Scribe:
+    """The thread that appends what was handed in here, a round at a time, and reads what there is.
+
+    All of it is that thread's own, but for the name under which it does so.
+    """
+
+    def __init__(
+        self, shared: SharedLog, waker: Waker, history: SharedHistory, keeper: Keeper
+    ) -> None:
+        self._log = shared
+        self._waker = waker
+        self._history = history
+        self._keeper = keeper
+        self._database = Database(history.address)
+        self._follower = Follower(_fresh_name())
+        self._begun_at = 0.0  # when the last round was
+        self._silent_since: float | None = None  # when the database was last well
+        self._is_lost = False  # that it is not was logged
+        self._has_told = False  # people know that the room waits
+        self._ended_part = 0  # the name of the part that is over, as the room has it; any thread's
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+
+    # For other threads.
+
+    @property
+    def server(self) -> int:
+        """The name of this server for now."""
+        return self._follower.server
+
+    def end_part(self, name: int) -> None:
+        """Have it begin anew, if that is still its name."""
+        self._ended_part = name
+        self._waker.wake()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """Say that this server ends, if the database is there, and tell whether the thread did."""
+        self._ending.set()
+        self._waker.wake()
+        self._thread.join(STOP_CLOSE)
+        return not self._thread.is_alive()
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            self._go_on()
+        finally:  # no round will come to what is left
+            self._drop_all(self._follower)
+
+    def _go_on(self) -> None:
+        while not self._ending.is_set():
+            try:
+                self._follow()
+            except Away as error:
+                self._lose(str(error))
+            except Over:
+                self._begin_anew("this server was silent for too long; it begins anew")
+            except (Forked, HistoryError) as error:
+                self._give_up(error)
+                break
+            except Exception:
+                log.exception("a fault in the log")
+                self._begin_anew("this server begins anew")
+                self._ending.wait(AGAIN)
+
+    def _follow(self) -> None:
+        """Append and read on one connection, as long as it lasts."""
+        try:
+            self._database.connect(CONNECT, self._tick)
+            self._database.execute("LISTEN chat", seconds=UNANSWERED, tick=self._tick)
+            self._follower.connected()
+            while not self._ending.is_set():
+                self._step()
+            if self._follower.is_free:
+                self._follower.begin([Handed(Ended(self.server))])
+                self._append(STOP_CLOSE / 2, lambda: None)
+        finally:
+            self._database.close()
+
+    def _step(self) -> None:
+        """Append a round if there is one, else wait for others to."""
+        if self._ended_part == self.server:
+            raise Over
+        if not self._follower.is_free or self._begin_round():
+            rows = self._append(UNANSWERED, self._tick)
+            if self._follower.number is None:
+                self._start()
+            else:
+                self._log.deliver(*self._follower.answered(rows))
+            self._be_well()
+        elif self._database.is_notified() or self._hears():
+            found = self._database.execute(
+                f"{READ_ROWS} chat.rounds WHERE number > $1 ORDER BY 1",
+                self._follower.number,
+                seconds=UNANSWERED,
+                tick=self._tick,
+            )
+            self._log.deliver(*self._follower.heard(_rows(found)))
+
+    def _begin_round(self) -> bool:
+        """Make a round of what was handed in, or an empty one if it is time; tell whether."""
+        is_due = time.monotonic() - self._begun_at >= EMPTY_ROUND
+        handed = self._log.gather(is_due=is_due)
+        if handed is not None:
+            self._follower.begin(handed)
+        return handed is not None
+
+    def _hears(self) -> bool:
+        """Wait until there is something to do; tell whether others have appended."""
+        self._database.wait(self._waker, self._begun_at + EMPTY_ROUND - time.monotonic())
+        self._waker.clear()
+        return self._database.is_notified()
+
+    def _append(self, seconds: float, tick: Callable[[], None]) -> list[Row]:
+        """Have our round in the log, and return what is new there."""
+        self._begun_at = time.monotonic()
+        if self._silent_since is None:
+            self._silent_since = self._begun_at
+        found = self._database.execute(
+            f"{READ_ROWS} chat.append($1, $2, $3, $4, $5)",
+            RULES,
+            *self._follower.call,
+            seconds=seconds,
+            tick=tick,
+        )
+        return _rows(found)
+
+    def _start(self) -> None:
+        """Go on from the newest point."""
+        history = self._history
+        beginning = _read_beginning(self._database, self.server, history.retained, history.fmt)
+        behind = self._follower.start(beginning.number, beginning.rows)
+        self._keeper.learn(beginning.number, beginning.state["end"])
+        self._log.deliver(Handed(Restored(beginning.state)), *behind, beginning=beginning)
+
+    # When the database is away.
+
+    def _tick(self) -> None:
+        """Tell people when it takes too long; end the wait if the room ends meanwhile."""
+        if self._ending.is_set():
+            raise Away("the server ends")
+        since = self._silent_since
+        if since is not None and not self._has_told and time.monotonic() - since >= TELL_WAITING:
+            self._has_told = True
+            self._log.wait()
+
+    def _be_well(self) -> None:
+        """Know that the database has answered."""
+        self._silent_since = None
+        if self._is_lost:
+            self._is_lost = False
+            log.info("the database answers again")
+        if self._has_told:
+            self._has_told = False
+            self._log.go_on()
+
+    def _lose(self, why: str) -> None:
+        """Wait a little before the next host is tried, and log that it has to be."""
+        if self._silent_since is None:
+            self._silent_since = time.monotonic()
+        if self._ending.is_set():
+            return
+        if not self._is_lost:
+            log.error("%s is away: %s; the room waits", self._database.shown, why)
+            self._is_lost = True
+        self._ending.wait(AGAIN)
+        with contextlib.suppress(Away):
+            self._tick()
+
+    def _begin_anew(self, why: str) -> None:
+        """Be another server from now on: nothing that was handed in before counts."""
+        log.warning("%s", why)
+        former = self._follower
+        self._follower = Follower(_fresh_name(), former.server)
+        self._drop_all(former)
+
+    def _drop_all(self, former: Follower) -> None:
+        waiting = self._log.gather(is_due=True) or []
+        self._log.drop([*former.abandoned(), *waiting], Gone())
+
+    def _give_up(self, error: Exception) -> None:
+        """End the server: it cannot go on from what the database has."""
+        why = error if str(error) else "the database is not the one that it was; start again"
+        log.critical("%s", why)
+        self._log.close()
+        self._drop_all(self._follower)
+        import _thread
+
+        _thread.interrupt_main(signal.SIGTERM)  # nothing, where nobody handles it
+
+
+def _fresh_name() -> int:
+    return int.from_bytes(os.urandom(6), "big") >> 2 or 1
+
+
+def _rows(found: list[tuple[str, ...]]) -> list[Row]:
+    return [
+        Row(int(number), float(when), int(server), int(batch), entries)
+        for number, when, server, batch, entries in found
+    ]
+
+
+def _read_beginning(database: Database, server: int, count: int, fmt: str) -> Beginning:
+    """Read the newest point, what stands behind it and the last lines, all of one moment."""
+    database.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+    [(number, text)] = database.execute(
+        "SELECT number, state FROM chat.points ORDER BY number DESC LIMIT 1"
+    )
+    rows = database.execute(
+        f"{READ_ROWS} chat.rounds WHERE number > $1 ORDER BY 1", number, seconds=READ_ALL
+    )
+    lines = database.execute(
+        f"{READ_LINES} ORDER BY position DESC LIMIT $1", count, seconds=READ_ALL
+    )[::-1]
+    [(oldest,)] = database.execute("SELECT min(position) FROM chat.lines")
+    database.execute("COMMIT")
+    state = _parsed(text)
+    last = [line for _, line in map(_recalled, lines)]
+    return Beginning(
+        server,
+        int(number),
+        state,
+        _rows(rows),
+        int(oldest or state["end"]),
+        [line.line.encode(fmt) for line in last],
+        [line.time for line in last],
+    )
+
+
+class Keeper:
+    """Writes points now and then, in a thread of its own; any server may.
+
+    A point is what the room is behind a round, and all lines up to there; what is before
+    the last but one is not needed to begin.
+    """
+
+    def __init__(self, broadcaster: Broadcaster, history: SharedHistory) -> None:
+        self._broadcaster = broadcaster
+        self._history = history
+        self._database = Database(history.address)
+        self._last = self._last_but_one = 0  # the numbers of the points that are known
+        self._position = 0  # up to which the last one reaches
+        self._known_at = time.monotonic()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, or leave it to its end."""
+        self._ending.set()
+        self._thread.join(STOP_CLOSE)
+
+    def learn(self, number: int, position: int) -> None:
+        """Know of a point."""
+        if number > self._last:
+            self._last_but_one, self._last, self._position = self._last, number, position
+            self._known_at = time.monotonic()
+
+    def _run(self) -> None:
+        while not self._ending.wait(KEEP_LOOK):
+            room = self._broadcaster.room
+            if not self._is_due(room, time.monotonic() - self._known_at):
+                continue
+            try:
+                self._keep(room)
+            except Away as error:
+                log.debug("cannot keep a point: %s", error)
+                self._database.close()
+            except Exception:
+                log.exception("a fault in keeping a point")
+                self._database.close()
+        self._database.close()
+
+    def _is_due(self, room: Room, age: float) -> bool:
+        rounds, lines = room.number - self._last, room.end - self._position
+        is_long = rounds >= POINT_ROUNDS or lines >= POINT_LINES
+        is_old = age >= POINT_SECONDS and self._history.busy > self._last_but_one
+        return room.number > self._last and (is_long or is_old)
+
+    def _keep(self, room: Room) -> None:
+        """Write a point of the room, unless somebody else has or does."""
+        _ask(self._database, "BEGIN")
+        [(is_alone,)] = self._ask(f"SELECT pg_try_advisory_xact_lock({LOCK} + 1)::int")
+        [(last, position, age)] = self._ask(
+            "SELECT number, position, extract(epoch FROM clock_timestamp()) - time"
+            " FROM chat.points ORDER BY number DESC LIMIT 1"
+        )
+        self.learn(int(last), int(position))
+        self._history.kept_to(int(position))
+        [(number,)] = self._ask("SELECT number FROM chat.room")
+        if int(number) < room.number:
+            raise Away("a primary that nobody follows any more")
+        if is_alone == "0" or not self._is_due(room, float(age)):
+            self._ask("ROLLBACK")
+            return
+        lines = self._history.between(int(position), room.end)
+        for first in range(0, len(lines), POINT_PAGE):
+            self._ask(
+                "INSERT INTO chat.lines SELECT (r->>0)::bigint, (r->>1)::float8, r->>2, r->>3,"
+                " r->>4 FROM json_array_elements($1::json) r ON CONFLICT DO NOTHING",
+                _json(lines[first : first + POINT_PAGE]),
+            )
+        self._ask(
+            "INSERT INTO chat.points VALUES ($1, extract(epoch FROM clock_timestamp()), $2, $3)",
+            room.number,
+            room.end,
+            _json(room.state()),
+        )
+        self._ask("DELETE FROM chat.points WHERE number < $1", last)
+        before = "extract(epoch FROM clock_timestamp()) -"
+        self._ask(
+            f"DELETE FROM chat.rounds WHERE number <= $1 AND time < {before} {TRIM_SECONDS}", last
+        )
+        self._ask(f"DELETE FROM chat.servers WHERE time < {before} {FORGET_SERVERS}")
+        self._ask("COMMIT")
+        self.learn(room.number, room.end)
+        self._history.kept_to(room.end)
+
+    def _ask(self, statement: str, *values: object) -> list[tuple[str, ...]]:
+        return self._database.execute(statement, *values, seconds=READ_ALL)
+
+
+def open_log(broadcaster: Broadcaster, waker: Waker) -> EntryLog:
+    """Return where entries stand: in memory, or where the history is shared."""
+    if isinstance(broadcaster.history, SharedHistory):
+        return SharedLog(broadcaster, broadcaster.history, waker)
+    return EntryLog(waker)
+
+
 # --- The command line --------------------------------------------------------
 
 
@@ -3356,7 +4770,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LINES",
         help=f"a second for each client, after {BURST} at once; 0 is no limit",
     )
-    option("--history", metavar="FILE", help="keep what is said, also over a restart")
+    option("--history", metavar="FILE", help="keep what is said; postgresql://... shares the room")
     option("--tls-cert", metavar="FILE", help="speak TLS with this certificate")
     option("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
     option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")

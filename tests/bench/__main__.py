@@ -39,6 +39,7 @@ from servers import (
     find_program,
     make_certificate,
     running,
+    running_several,
 )
 from table import Row
 
@@ -76,6 +77,7 @@ class Scenario:
     tls: bool = False
     beside: str = ""
     ours_only: bool = False
+    several: bool = False
 
     @property
     def flood(self) -> bool:
@@ -125,6 +127,36 @@ SCENARIOS = (
         history=True,
         beside="flood-1",
         ours_only=True,
+    ),
+    Scenario(
+        "machines-quiet",
+        "10 clients of one room, 20 lines/s in all, on one server and on several",
+        clients=10,
+        senders=10,
+        rate=20,
+        history=True,
+        ours_only=True,
+        several=True,
+    ),
+    Scenario(
+        "machines",
+        "1,000 clients of one room, 500 lines/s in all, on one server and on several",
+        clients=1000,
+        senders=1000,
+        rate=500,
+        history=True,
+        ours_only=True,
+        several=True,
+    ),
+    Scenario(
+        "machines-flood",
+        "1 client floods 100 of one room, on one server and on several",
+        clients=101,
+        senders=1,
+        watchers=4,
+        history=True,
+        ours_only=True,
+        several=True,
     ),
     Scenario("storm", "1,000 clients join at once", kind="join", clients=1000, storm=True),
 )
@@ -179,6 +211,7 @@ def job_for(scenario: Scenario, contender: Contender, server: Server, plan: Plan
         title=f"{scenario.name} / {contender.name}",
         port=server.port,
         pid=server.pid,
+        more=server.more,
         dialect=contender.dialect,
         echo=contender.echo,
         clients=clients,
@@ -222,7 +255,8 @@ def measure(scenario: Scenario, contender: Contender, plan: Plan) -> Row:
             folder = Path(name)
             if scenario.tls:
                 make_certificate(folder)
-            with running(contender, setup, folder) as server:
+            run_it = running if contender.servers == 1 else running_several
+            with run_it(contender, setup, folder) as server:
                 fill(row, run_load(job_for(scenario, contender, server, plan)))
                 if last_words := server.last_words():
                     row.remarks.append(last_words)
@@ -287,6 +321,8 @@ def time_help(client: Path) -> float:
 
 
 def takes_part(scenario: Scenario, contender: Contender) -> bool:
+    if contender.servers > 1:
+        return scenario.several
     return contender is OURS or not scenario.ours_only
 
 

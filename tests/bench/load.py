@@ -141,6 +141,16 @@ class Job:
     join_deadline: float
     authority: str = ""
     title: str = ""
+    more: list[tuple[int, int]] = field(default_factory=list)
+    """Ports and process numbers of the other servers of the room."""
+
+    @property
+    def pids(self) -> list[int]:
+        return [self.pid, *(pid for _, pid in self.more)]
+
+    def port_for(self, index: int) -> int:
+        """Spread the clients over the servers."""
+        return [self.port, *(port for port, _ in self.more)][index % (1 + len(self.more))]
 
 
 @dataclass(slots=True)
@@ -344,7 +354,7 @@ class Room:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.bind((f"127.0.100.{100 + index % ADDRESSES}", 0))
         started = time.monotonic()
-        address = "127.0.0.1", self.job.port
+        address = "127.0.0.1", self.job.port_for(index)
         if self.tls:
             sock.settimeout(self.job.join_deadline)
             sock.connect(address)
@@ -591,7 +601,7 @@ class Room:
 class Clock:
     """Wall time and CPU used, by server and load, since it was made."""
 
-    pid: int
+    pids: list[int]
     started: float = 0.0
     server: float = 0.0
     load: float = 0.0
@@ -599,11 +609,14 @@ class Clock:
 
     def __post_init__(self) -> None:
         self.started, self.stolen = time.monotonic(), stolen_seconds()
-        self.server, self.load = cpu_seconds(self.pid), time.process_time()
+        self.server, self.load = self.servers(), time.process_time()
+
+    def servers(self) -> float:
+        return sum(map(cpu_seconds, self.pids))
 
     def figures(self) -> dict[str, float]:
         wall = time.monotonic() - self.started
-        used = cpu_seconds(self.pid) - self.server
+        used = self.servers() - self.server
         return {
             "wall_s": wall,
             "server_cpu_s": used,
@@ -627,8 +640,8 @@ def latency_figures(latencies: list[int]) -> dict[str, float]:
 
 def measure_joining(room: Room) -> dict[str, float]:
     """Fill the room and let it settle; `one_…` is what a single client waited."""
-    job, before = room.job, resident_bytes(room.job.pid)
-    clock = Clock(job.pid)
+    job, before = room.job, sum(map(resident_bytes, room.job.pids))
+    clock = Clock(job.pids)
     join_seconds = room.join()
     settled = room.settle(min(QUIET, job.seconds / 4))
     waits = sorted(int(m.joined_after * 1e6) for m in room.members)
@@ -638,7 +651,7 @@ def measure_joining(room: Room) -> dict[str, float]:
         "join_server_cpu_s": clock.figures()["server_cpu_s"],
         "one_p50_ms": percentile(waits, 0.5),
         "one_max_ms": waits[-1] / 1000,
-        "memory_per_client": (resident_bytes(job.pid) - before) / len(room.members),
+        "memory_per_client": (sum(map(resident_bytes, job.pids)) - before) / len(room.members),
     }
 
 
@@ -648,7 +661,7 @@ def measure_rate(room: Room) -> dict[str, float]:
     room.talk(min(1.0, job.seconds / 5))
     room.settle(min(QUIET, job.seconds / 4))
     room.forget()
-    clock = Clock(job.pid)
+    clock = Clock(job.pids)
     said = room.talk(job.seconds)
     talked = time.monotonic() - clock.started
     expected = said * (job.clients - (not job.echo))
@@ -689,7 +702,7 @@ def measure_flood(room: Room) -> dict[str, float]:
 def measure_window(room: Room) -> dict[str, float]:
     """Count what is delivered for as long as the job says."""
     room.forget()
-    clock = Clock(room.job.pid)
+    clock = Clock(room.job.pids)
     room.run_for(room.job.seconds)
     figures = clock.figures()
     delivered = room.deliveries()

@@ -18,10 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+import postgres  # noqa: E402 - it stands beside the tests that share it
 
 START_DEADLINE = 15.0
 STOP_DEADLINE = 6.0
@@ -70,6 +73,7 @@ class Setup:
     at_once: int
     history: bool = False
     tls: bool = False
+    address: str = ""  # of the history that several servers share
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,8 @@ class Contender:
     ready: str
     queue: int = 100
     remark: str = ""
+    servers: int = 1
+    """Of one room, whose history is in PostgreSQL if there are several."""
 
 
 @dataclass(slots=True)
@@ -99,6 +105,8 @@ class Server:
     port: int
     log: Path
     started_ms: float
+    more: list[tuple[int, int]] = field(default_factory=list)
+    """Ports and process numbers of the other servers of the room."""
 
     @property
     def pid(self) -> int:
@@ -126,7 +134,9 @@ def our_command(setup: Setup, port: int, folder: Path) -> list[str]:
     command = [sys.executable, str(setup.program / "server.py"), "--port", "0"]
     command += ["--rate-limit", "0", "--max-clients", most]
     command += ["--max-per-address", most, "--max-unnamed", str(setup.at_once + 10)]
-    if setup.history:
+    if setup.address:
+        command += ["--history", setup.address]
+    elif setup.history:
         command += ["--history", str(folder / "history.db")]
     if setup.tls:
         certificate, key = folder / "certificate.pem", folder / "key.pem"
@@ -160,8 +170,20 @@ OURS = Contender(
     ready=r"listening on 127\.0\.0\.1:(\d+)",
 )
 
+SEVERAL = tuple(
+    replace(
+        OURS,
+        name=f"ours-{count}",
+        servers=count,
+        found=lambda setup: not postgres.reason_to_skip(),
+        remark=f"{count} servers of one room, PostgreSQL on the same cores",
+    )
+    for count in (2, 3)
+)
+
 CONTENDERS = (
     OURS,
+    *SEVERAL,
     Contender(
         name="tutorial",
         dialect="tutorial",
@@ -254,10 +276,30 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
+def running_several(contender: Contender, setup: Setup, folder: Path) -> Iterator[Server]:
+    """Run a database and the servers of a room that share it."""
+    folder.chmod(0o755)  # for PostgreSQL's user
+    with contextlib.ExitStack() as stack:
+        database = postgres.Postgres(postgres.owned(folder / "database"))
+        stack.enter_context(database.create(fsync=True))
+        setup = replace(setup, address=database.address())
+        servers = []
+        for number in range(contender.servers):
+            own = folder / str(number)
+            own.mkdir()
+            servers.append(stack.enter_context(running(contender, setup, own)))
+        first, *others = servers
+        first.more = [(other.port, other.pid) for other in others]
+        yield first
+
+
+@contextlib.contextmanager
 def running(contender: Contender, setup: Setup, folder: Path) -> Iterator[Server]:
     """Run a server for as long as the block lasts. Raise StartError when it does not come up."""
     command = contender.command(setup, free_port(), folder)
     log = folder / "log"
+    # Several servers and their database share all that there is, as on two machines of one core.
+    where = os.sched_getaffinity(0) if setup.address else cores()[0]
     with log.open("wb") as output:
         started = time.monotonic()
         process = subprocess.Popen(
@@ -267,7 +309,7 @@ def running(contender: Contender, setup: Setup, folder: Path) -> Iterator[Server
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=bound_child(cores()[0]),
+            preexec_fn=bound_child(where),
         )
     try:
         port = await_ready(process, log, contender.ready)

@@ -1,0 +1,790 @@
+"""A room on several machines: real servers, real clients and a real PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import postgres
+import pytest
+from chat import Peer, Server, run_server, wait_until
+from clients import Shown, chatting, flush
+from postgres import Postgres
+from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
+
+import client
+from client import ChatClient
+
+KEY = "0123456789abcdef"
+SHORT = {"ALIVE": 2.0, "EMPTY_ROUND": 0.5}  # so that a test need not wait for ten seconds
+
+WHY_NOT = postgres.reason_to_skip()
+pytestmark = [
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "all is there"),
+    pytest.mark.timeout(120),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Postgres]:
+    """A PostgreSQL for all tests of this file."""
+    with postgres.folder() as folder, Postgres(postgres.owned(folder / "one")).create() as one:
+        yield one
+
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def database(cluster: Postgres) -> Iterator[str]:
+    """The address of an empty database."""
+    name = f"test{next(NUMBERS)}"
+    cluster.sql(f"CREATE DATABASE {name}")
+    yield cluster.address(name)
+    cluster.sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextlib.contextmanager
+def servers(address: str, count: int, *options: str, **constants: float) -> Iterator[list[Server]]:
+    """Run servers of one room."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                run_server("--history", address, "--rate-limit", "0", *options, **constants)
+            )
+            for _ in range(count)
+        ]
+
+
+@contextlib.contextmanager
+def one_more(address: str, end: int = signal.SIGTERM, /, **constants: float) -> Iterator[Server]:
+    """Run a server that ends before the others, and before its peers do, by a signal."""
+    server = Server("--history", address, "--rate-limit", "0", **constants)
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        yield server
+        server.stop(end)
+        assert "Traceback" not in server.log(), server.log()
+    finally:
+        server.end()
+
+
+def suspend(server: Server) -> None:
+    """Suspend a server, and wait until it is."""
+    server.ask_to_end(signal.SIGSTOP)
+    tasks = Path(f"/proc/{server.pid}/task")
+    stats = [task / "stat" for task in tasks.iterdir()]
+    wait_until(lambda: all(_state(stat) in "T" for stat in stats), "it to be suspended")
+
+
+def _state(stat: Path) -> str:
+    """Return the state of a thread; T, also for one that has ended by now."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "T"
+
+
+def wait_for_place(port: int, answer: str) -> Peer:
+    """Return a peer who has come back to a place, when there is one who can give it."""
+    peer = Peer(port).introduce(answer)
+    peer.expect_match("-> Welcome back, .*")
+    return peer
+
+
+def expect_after_wait(peer: Peer, line: str) -> None:
+    """Expect that a room that waited goes on, and a line that was kept meanwhile."""
+    assert {peer.next_line(), peer.next_line()} == {"-> the room goes on", line}
+
+
+def test_two_servers_are_one_room(database: str) -> None:
+    """What is said at one is heard at both, in one order, and people of both are here."""
+    with servers(database, 2) as (one, two):
+        alice = Peer(one.port).introduce("alice -0")
+        alice.expect_match("-> Welcome, alice! You are the first.*")
+        alice.expect_match("-> at .*")
+        alice.expect("* alice joined the chat")
+        bob = Peer(two.port).introduce("bob")
+        bob.expect_match("-> Welcome, bob! .* Already here: alice")
+        bob.expect("* alice joined the chat", "* bob joined the chat")
+        alice.expect("* bob joined the chat")
+        alice.send("hello", "/me waves", "/msg bob psst", "/names", "over")
+        alice.expect("alice: hello", "** alice waves", "-> to bob: psst", "-> 2 here: alice, bob")
+        alice.expect("alice: over")
+        bob.expect("alice: hello", "** alice waves", "[from alice] psst", "alice: over")
+        bob.send("/nick rob", "/reply back")
+        bob.expect("-> you are now rob", "* bob is now rob", "-> to alice: back")
+        alice.expect("* bob is now rob", "[from rob] back")
+        bob.send("/quit")
+        bob.expect("-> bye")
+        alice.expect("* rob left the chat")
+
+
+def test_private_lines_stand_in_their_place_on_all_servers(database: str) -> None:
+    """Private lines and the room's come in the order in which they were sent, across servers."""
+    with servers(database, 2) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        sent, expected = [], []
+        for number in range(200):
+            sent += [f"/msg bob private {number}", f"public {number}"]
+            expected += [f"[from alice] private {number}", f"alice: public {number}"]
+        alice.send(*sent)
+        bob.expect(*expected)
+
+
+def test_all_hear_one_order(database: str) -> None:
+    """Three who flood three servers at once are heard in the same order everywhere."""
+    with servers(database, 3) as three:
+        peers = [Peer(one.port).join(f"peer{number}") for number, one in enumerate(three)]
+        for peer in peers[:2]:
+            peer.expect_eventually("* peer2 joined the chat")
+        for number, peer in enumerate(peers):
+            peer.send(*(f"{number} {line}" for line in range(1000)))
+        heard = [peer.lines(3000) for peer in peers]
+        assert heard[0] == heard[1] == heard[2]
+        for number in range(3):
+            own = [line for line in heard[0] if line.startswith(f"peer{number}: ")]
+            assert own == [f"peer{number}: {number} {line}" for line in range(1000)]
+
+
+def test_of_fifty_that_claim_one_name_on_three_servers_one_gets_it(database: str) -> None:
+    """A name is given once, whichever server is asked."""
+    with servers(database, 3) as three:
+        peers = [Peer(three[number % 3].port) for number in range(50)]
+        for peer in peers:
+            peer.expect("NICK")
+        for peer in peers:
+            peer.send("alice")
+        answers = [peer.next_line() for peer in peers]
+        assert sum(line.startswith("-> Welcome") for line in answers) == 1
+        assert answers.count("-> the name alice is taken; choose another") == 49
+
+
+def test_operators_rule_over_all_servers(database: str, tmp_path: Path) -> None:
+    """A kick and a ban hold on every server, and who is an operator is one everywhere."""
+    password = tmp_path / "password"
+    password.write_text("secret\n")
+    with servers(database, 2, "--op-password-file", str(password)) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        alice.send("/op secret", "/kick bob enough")
+        alice.expect("-> you are an operator; /kick, /ban, /unban and /bans are yours")
+        alice.expect("* bob was kicked by alice: enough", "-> bob was put out")
+        bob.expect("-> you were kicked by alice: enough", "* bob was kicked by alice: enough")
+        bob.expect_closed()
+        alice.send("/ban bob 5 still")
+        alice.expect_match("-> bob may not come in until .*: still")
+        for server in one, two:
+            Peer(server.port).introduce("bob").expect_match("-> you are banned by alice until .*")
+
+
+def test_a_place_is_taken_back_on_another_server(database: str) -> None:
+    """Name and key take the place at once, with all that was missed, private lines too."""
+    with servers(database, 2) as (one, two):
+        carol = Peer(two.port).join("carol")
+        ghost = Peer(one.port).introduce(f"alice -0+0 {KEY}")
+        ghost.expect_match("-> Welcome, alice!.*")
+        position = int(ghost.expect_match(r"-> at (\d+)\+0")[1])
+        carol.expect("* alice joined the chat")
+        ghost.expect("* alice joined the chat")
+        carol.send("/msg alice one", "aloud", "/msg alice two")
+        carol.expect("-> to alice: one", "carol: aloud", "-> to alice: two")
+        ghost.expect("[from carol] one", "carol: aloud", "[from carol] two")
+        alice = Peer(two.port).introduce(f"alice {position + 1}+1 {KEY}")
+        alice.expect("-> Welcome back, alice!", f"-> at {position + 1}+1")
+        alice.expect("carol: aloud", "[from carol] two")
+        ghost.expect_closed()
+        carol.expect_nothing()
+
+
+def test_who_was_at_a_killed_server_leaves_after_their_time(database: str) -> None:
+    """Some time after a server's end who has no key has left; who has one may come back."""
+    with servers(database, 1, **SHORT) as (one,):
+        alice = Peer(one.port).join("alice")
+        with one_more(database, signal.SIGKILL, **SHORT) as two:
+            Peer(two.port).join("bob")
+            Peer(two.port).introduce(f"carol -0 {KEY}")
+            alice.expect("* bob joined the chat", "* carol joined the chat")
+        alice.send("/names")
+        alice.expect("-> 3 here: alice, bob, carol", "* bob left the chat")
+        carol = Peer(one.port).introduce(f"carol -0 {KEY}")
+        carol.expect("-> Welcome back, carol!")
+        alice.send("/names")
+        alice.expect("-> 2 here: alice, carol")
+
+
+def test_a_server_that_ends_in_good_order_is_gone_at_once(database: str) -> None:
+    """Its people without a key have left when it has ended."""
+    with servers(database, 1) as (one,):
+        alice = Peer(one.port).join("alice")
+        with one_more(database) as two:
+            bob = Peer(two.port).join("bob")
+            alice.expect("* bob joined the chat")
+        bob.expect("-> the server is shutting down")
+        bob.expect_closed()
+        alice.expect("* bob left the chat")
+
+
+def test_a_suspended_server_begins_anew(database: str) -> None:
+    """A server that was silent for too long ends its connections; what it had counts no more."""
+    with servers(database, 2, **SHORT) as (one, two):
+        alice, dave = Peer(one.port).join("alice"), Peer(two.port).join("dave")
+        bob = Peer(two.port).introduce(f"bob -0+0 {KEY}")
+        bob.expect_match("-> Welcome, bob!.*")
+        alice.expect("* dave joined the chat", "* bob joined the chat")
+        suspend(two)
+        bob.send("said to a server that is over")
+        try:
+            alice.expect("* dave left the chat")
+            again = wait_for_place(one.port, f"bob -0+0 {KEY}")
+            again.expect_match("-> at .*")
+            again.send("here")
+            alice.expect("bob: here")
+        finally:
+            two.ask_to_end(signal.SIGCONT)
+        two.expect_log("silent for too long")
+        assert "bob: here" not in bob.rest()
+        dave.rest()
+        alice.send("over")
+        again.expect("bob: here", "alice: over")
+        alice.expect("alice: over")
+        Peer(two.port).join("carol").send("well")
+        alice.expect("* carol joined the chat", "carol: well")
+
+
+def test_a_server_that_starts_late_has_all(database: str) -> None:
+    """It serves what was said before it started, also what only the table has."""
+    quick = {"KEEP_LOOK": 0.1, "POINT_LINES": 500}
+    with servers(database, 1, **quick) as (one,):
+        alice = Peer(one.port).introduce("alice -0")
+        alice.expect_match("-> Welcome, alice!.*")
+        position = int(alice.expect_match(r"-> at (\d+)")[1])
+        alice.send("needle", *(f"line {number}" for number in range(3000)))
+        alice.expect_eventually("alice: line 2999")
+        with servers(database, 1, RETAINED=1000) as (two,):
+            bob = Peer(two.port).introduce(f"bob {position}")
+            bob.expect_match("-> Welcome, bob!.*")
+            bob.expect(f"-> at {position}", "* alice joined the chat", "alice: needle")
+            bob.expect(*(f"alice: line {number}" for number in range(3000)))
+            bob.send("/search needle", "/history 1")
+            bob.expect("* bob joined the chat")
+            bob.expect_match("-> .*Z alice: needle")
+            bob.expect_match(r"-> .*Z \* bob joined the chat")
+
+
+def test_points_are_written_and_the_log_is_trimmed(cluster: Postgres, database: str) -> None:
+    """By two servers at once, and both go on; private text is in no table soon after."""
+    quick = {"KEEP_LOOK": 0.05, "POINT_SECONDS": 0.2, "TRIM_SECONDS": 0, "CONFIRM": 0.1}
+    with servers(database, 2, **quick) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        for number in range(20):
+            alice.send(f"/msg bob xyzzy {number}", f"line {number}")
+            bob.expect(f"[from alice] xyzzy {number}", f"alice: line {number}")
+        name = database.rpartition("/")[2]
+        secret = "SELECT (SELECT count(*) FROM chat.rounds WHERE entries LIKE '%xyzzy%')"
+        secret += " + (SELECT count(*) FROM chat.points WHERE state LIKE '%xyzzy%')"
+        wait_until(lambda: cluster.sql(secret, name) == "0", "private text to be gone")
+        lines = "SELECT count(*), count(DISTINCT position), max(position) - min(position) + 1"
+        wait_until(
+            lambda: cluster.sql(f"{lines} FROM chat.lines", name).split("|") == ["22"] * 3,
+            "all lines to be in the table",
+        )
+        bob.send("over")
+        alice.expect_eventually("bob: over")
+
+
+def test_the_database_is_away_for_a_while(cluster: Postgres, database: str) -> None:
+    """People are told, what they say is kept, others cannot come in, and it goes on by itself."""
+    with servers(database, 2) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            alice.send("kept")
+            for peer in alice, bob:
+                peer.expect("-> the room is waiting; what you say is kept")
+            bob.send("/names", "/history 1")
+            bob.expect("-> 2 here: alice, bob")
+            bob.expect_match(r"-> .* \* bob joined the chat")
+            Peer(two.port).introduce("carol").expect("-> the room is waiting; try again later")
+        finally:
+            cluster.signal(signal.SIGCONT)
+        for peer in alice, bob:
+            expect_after_wait(peer, "alice: kept")
+        Peer(two.port).join("carol")
+
+
+def test_a_killed_database_comes_back_with_all(database: str, cluster: Postgres) -> None:
+    """After kill -9 of the database, all that anyone has seen is there, each line once."""
+    with servers(database, 2) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        for number in range(3):
+            alice.send(*(f"{number} {line}" for line in range(50)))
+            bob.expect(*(f"alice: {number} {line}" for line in range(10)))
+            cluster.kill()
+            cluster.start()
+            rest = [f"alice: {number} {line}" for line in range(10, 50)]
+            heard = bob.lines_until(rest[-1])
+            assert [line for line in heard if not line.startswith("-> the room")] == rest
+
+
+def test_a_terminated_connection_is_made_anew(cluster: Postgres, database: str) -> None:
+    """Servers whose connections an administrator ends go on with new ones."""
+    name = database.rpartition("/")[2]
+    with servers(database, 2) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        for number in range(20):
+            alice.send(f"line {number}")
+            cluster.sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                f" WHERE datname = '{name}' AND pid <> pg_backend_pid()"
+            )
+            bob.expect(f"alice: line {number}")
+
+
+# --- Failover ----------------------------------------------------------------
+
+
+@pytest.fixture
+def primary() -> Iterator[tuple[Postgres, Postgres]]:
+    """A primary and its synchronous standby."""
+    with postgres.folder() as folder, contextlib.ExitStack() as stack:
+        first = stack.enter_context(Postgres(postgres.owned(folder / "first")).create())
+        second = first.standby(postgres.owned(folder / "second"))
+        yield first, stack.enter_context(second)
+
+
+def both(first: Postgres, second: Postgres) -> str:
+    """Return the address of whichever of two is the primary."""
+    return f"postgresql://chat@127.0.0.1:{first.port},127.0.0.1:{second.port}/postgres"
+
+
+def said(lines: list[str]) -> list[str]:
+    """Return what was said of what a peer got, without the server's own words."""
+    return [line for line in lines if not line.startswith("-> ")]
+
+
+@pytest.mark.parametrize("old_comes_back", [False, True])
+def test_a_standby_goes_on_with_all_that_was_seen(
+    primary: tuple[Postgres, Postgres], old_comes_back: bool
+) -> None:
+    """The primary is killed amid talk and its standby promoted: each line is there, once."""
+    first, second = primary
+    with servers(both(first, second), 2, UNANSWERED=1.0) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        lines = [f"alice: {number}" for number in range(400)]
+        for number in range(0, 400, 4):
+            alice.send(*(line.removeprefix("alice: ") for line in lines[number : number + 4]))
+            if number == 200:
+                heard = bob.lines_until("alice: 150")
+                first.kill()
+                if old_comes_back:
+                    first.start()
+                second.promote()
+        heard += bob.lines_until(lines[-1])
+        assert said(heard) == lines
+        assert said(alice.lines_until(lines[-1])) == lines
+        late = Peer(two.port).introduce("late -1000")
+        late.expect_match("-> Welcome, late!.*")
+        assert said(late.lines_until("* late joined the chat"))[2:-1] == lines
+
+
+def test_nothing_is_shown_that_is_not_on_both(primary: tuple[Postgres, Postgres]) -> None:
+    """While the standby is away nobody sees what is said; it comes when the standby does."""
+    first, second = primary
+    with servers(both(first, second), 2, UNANSWERED=1.0) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        second.stop()
+        alice.send("not yet")
+        for peer in alice, bob:
+            peer.expect("-> the room is waiting; what you say is kept")
+        bob.send("/names")
+        bob.expect("-> 2 here: alice, bob")
+        second.start()
+        for peer in alice, bob:
+            expect_after_wait(peer, "alice: not yet")
+
+
+def test_a_wait_that_is_cancelled_is_no_answer(primary: tuple[Postgres, Postgres]) -> None:
+    """A commit whose wait for the standby somebody cancels is shown when the standby has it."""
+    first, second = primary
+    with servers(both(first, second), 1) as (one,):
+        alice = Peer(one.port).join("alice")
+        second.stop()
+        alice.send("not yet")
+        alice.expect("-> the room is waiting; what you say is kept")
+        first.sql(
+            "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        )
+        one.expect_log("a wait for a standby was cancelled")
+        assert b"not yet" not in alice.unread()
+        second.start()
+        expect_after_wait(alice, "alice: not yet")
+
+
+# --- A network that swallows -------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [CLOSE, STALL])
+def test_an_answer_that_is_swallowed_says_nothing_twice(
+    cluster: Postgres, database: str, how: How
+) -> None:
+    """Wherever the answers of a conversation with the database end, each line is said once."""
+    offsets = range(0, 1400, 35) if how is CLOSE else range(450, 1400, 190)
+    name = database.rpartition("/")[2]
+    quick = {"UNANSWERED": 0.3, "CONNECT": 0.3, "AGAIN": 0.01, "KEEP_LOOK": 1000.0}
+    with servers(database, 1) as (two,), Proxy(cluster.port) as proxy:
+        through = f"postgresql://chat@127.0.0.1:{proxy.port}/{name}"
+        with one_more(through, **quick) as one:
+            alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+            alice.expect("* bob joined the chat")
+            for offset in offsets:
+                proxy.plan(Fault(DOWN, offset, how))
+                proxy.end(CLOSE)
+                line = f"alice: line {offset}"
+                alice.send(line)
+                for peer in alice, bob:
+                    assert said(peer.lines_until(line)) == [line]
+            bob.expect_nothing()
+            alice.close()
+
+
+# --- What cannot be ----------------------------------------------------------
+
+
+def refused(address: str, *options: str) -> str:
+    """Return what a server says that cannot start."""
+    server = Server("--history", address, *options)
+    try:
+        assert server.wait() == 1
+        assert "Traceback" not in server.log()
+        return server.log().strip()
+    finally:
+        server.end()
+
+
+def test_what_cannot_be_the_history_is_refused_in_one_line(
+    cluster: Postgres, database: str
+) -> None:
+    """No server, no database, no right, another program's tables, another version or format."""
+    name = database.rpartition("/")[2]
+    where = f"postgresql://127.0.0.1/{name}"
+    with servers(database, 1):
+        pass
+    assert refused(database, "--format", "utf-8") == (
+        f"server.py: {where} is in ascii; start with --format ascii"
+    )
+    cluster.sql("UPDATE chat.room SET rules = 99", name)
+    assert refused(database) == (f"server.py: {where} is used by another version; use that one")
+    cluster.sql("COMMENT ON SCHEMA chat IS 'mine'", name)
+    assert refused(database) == (
+        f"server.py: {where} has a chat of another program; choose another"
+    )
+    remedy = "see that PostgreSQL runs there and lets this program in"
+    nowhere = cluster.address("nowhere")
+    assert refused(nowhere) == (
+        "server.py: cannot use postgresql://127.0.0.1/nowhere:"
+        f' database "nowhere" does not exist; {remedy}'
+    )
+    closed = f"postgresql://chat@127.0.0.1:{postgres.free_port()}/chat"
+    assert refused(closed).startswith("server.py: cannot use postgresql://127.0.0.1/chat: ")
+    secret = refused("postgresql://chat:hunter2@127.0.0.1/chat")
+    assert secret.startswith("server.py: leave the password out of --history")
+    assert "hunter2" not in secret
+
+
+def test_a_wrong_password_is_refused_in_one_line(
+    cluster: Postgres, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's own file of passwords is asked, and what it has is shown nowhere."""
+    name = database.rpartition("/")[2]
+    cluster.sql(f"CREATE ROLE guest LOGIN PASSWORD 'right'; GRANT ALL ON DATABASE {name} TO guest")
+    rules = cluster.folder / "data" / "pg_hba.conf"
+    before = rules.read_text()
+    rules.write_text(f"host all guest 127.0.0.1/32 scram-sha-256\n{before}")
+    cluster.sql("SELECT pg_reload_conf()")
+    passwords = tmp_path / "passwords"
+    monkeypatch.setenv("PGPASSFILE", str(passwords))
+    address = database.replace("chat@", "guest@")
+    try:
+        passwords.write_text("*:*:*:guest:wrong-one\n")
+        passwords.chmod(0o600)
+        log = refused(address)
+        assert 'password authentication failed for user "guest"; see that' in log
+        assert "wrong-one" not in log
+        passwords.write_text("*:*:*:guest:right\n")
+        with servers(address, 1) as (one,):
+            Peer(one.port).join("alice")
+    finally:
+        rules.write_text(before)
+        cluster.sql("SELECT pg_reload_conf()")
+        cluster.sql("DROP OWNED BY guest CASCADE; DROP ROLE guest", name)
+
+
+def test_another_version_ends_a_running_server(cluster: Postgres, database: str) -> None:
+    """A server whose rules are not the log's any more ends with one clear line."""
+    server = Server("--history", database)
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        alice = Peer(server.port).join("alice")
+        cluster.sql("UPDATE chat.room SET rules = 99", database.rpartition("/")[2])
+        server.expect_log("is used by another version; use that one")
+        alice.rest()
+        assert server.wait() == 0
+        assert "Traceback" not in server.log()
+    finally:
+        server.end()
+
+
+def test_a_database_of_before_ends_a_running_server(cluster: Postgres, database: str) -> None:
+    """Where the log is not what was read there before, nothing goes on from it."""
+    name = database.rpartition("/")[2]
+    server = Server("--history", database)
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        alice = Peer(server.port).join("alice")
+        cluster.sql("UPDATE chat.room SET number = 0; DELETE FROM chat.rounds", name)
+        server.expect_log("the database is not the one that it was")
+        alice.rest()
+        server.wait()
+    finally:
+        server.end()
+
+
+def test_a_read_only_database_keeps_the_room_waiting(cluster: Postgres, database: str) -> None:
+    """A database that takes nothing is as good as away: one line in the log, nothing is lost."""
+    name = database.rpartition("/")[2]
+    with servers(database, 1) as (one,):
+        alice = Peer(one.port).join("alice")
+        cluster.sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        cluster.sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            f" WHERE datname = '{name}' AND pid <> pg_backend_pid()"
+        )
+        alice.send("kept")
+        alice.expect("-> the room is waiting; what you say is kept")
+        assert one.log().count("is away") == 1
+        cluster.sql(
+            f"SET default_transaction_read_only = off;"
+            f" ALTER DATABASE {name} RESET default_transaction_read_only"
+        )
+        expect_after_wait(alice, "alice: kept")
+        one.expect_log("the database answers again")
+
+
+def test_a_server_ends_in_time_without_its_database(cluster: Postgres, database: str) -> None:
+    """SIGTERM ends a server within five seconds though the database does not answer."""
+    server = Server("--history", database)
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        alice = Peer(server.port).join("alice")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            alice.send("never said")
+            alice.expect("-> the room is waiting; what you say is kept")
+            assert server.stop() == 0
+        finally:
+            cluster.signal(signal.SIGCONT)
+        assert "alice: never said" not in alice.rest()
+        assert "Traceback" not in server.log()
+    finally:
+        server.end()
+
+
+# --- Clients that come back --------------------------------------------------
+
+
+class Talkers:
+    """Clients who talk through proxies, so that they can be led to any server."""
+
+    def __init__(self, stack: contextlib.ExitStack, ports: list[int], count: int) -> None:
+        self.proxies = [stack.enter_context(Proxy(ports[n % len(ports)])) for n in range(count)]
+        self.chats = [
+            stack.enter_context(chatting(proxy.port, f"talker{number}"))
+            for number, proxy in enumerate(self.proxies)
+        ]
+        self.said: list[list[str]] = [[] for _ in self.chats]
+
+    def talk(self, chance: random.Random) -> None:
+        """Have somebody say something."""
+        number = chance.randrange(len(self.chats))
+        self.said[number].append(f"talker{number}: {len(self.said[number])}")
+        self.chats[number][0].send(str(len(self.said[number]) - 1))
+
+    def lead(self, former: int, port: int) -> None:
+        """Have all who are at one server come to another."""
+        for proxy in self.proxies:
+            if proxy.server == former:
+                proxy.server = port
+                proxy.end(CLOSE)
+
+    def check(self) -> None:
+        """See that all that was said was heard by all, once and in one order."""
+        for chat, _ in self.chats:
+            flush(chat)
+        for _, shown in self.chats:
+            for own in self.said:
+                shown.wait_for(own[-1])
+        heard = [[line for line in shown.room if line[0] != "*"] for _, shown in self.chats]
+        for number, own in enumerate(self.said):
+            assert [line for line in heard[0] if line.startswith(f"talker{number}: ")] == own
+        shortest = min(heard, key=len)
+        assert all(one[-len(shortest) :] == shortest for one in heard)
+        assert all(chat.failed == 0 for chat, _ in self.chats)
+
+
+@pytest.fixture
+def chance(monkeypatch: pytest.MonkeyPatch) -> random.Random:
+    """Clients that try again soon, and a source of chance whose seed a failing test prints."""
+    monkeypatch.setattr(client, "RETRY_FIRST", 0.02)
+    monkeypatch.setattr(client, "RETRY_MAX", 0.1)
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+def test_talk_goes_on_while_servers_are_killed(database: str, chance: random.Random) -> None:
+    """Twelve who talk at three servers lose nothing and say nothing twice, whichever is killed."""
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(one_more(database, **SHORT)) for _ in range(3)]
+        talkers = Talkers(stack, [server.port for server in running], 12)
+        for _ in range(8):
+            for _ in range(60):
+                talkers.talk(chance)
+            victim = running.pop(chance.randrange(3))
+            victim.stop(signal.SIGKILL)
+            talkers.lead(victim.port, chance.choice(running).port)
+            running.append(stack.enter_context(one_more(database, **SHORT)))
+        talkers.check()
+
+
+def test_talk_goes_on_while_servers_are_suspended(database: str, chance: random.Random) -> None:
+    """The same holds for servers that are suspended past their time, and then go on."""
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(one_more(database, **SHORT)) for _ in range(3)]
+        talkers = Talkers(stack, [server.port for server in running], 12)
+        witness = Peer(running[0].port).join("witness")
+        for number in range(3):
+            victim = running[1 + number % 2]
+            ghost = Peer(victim.port).join("ghost")
+            for _ in range(60):
+                talkers.talk(chance)
+            suspend(victim)
+            talkers.lead(victim.port, running[0].port)
+            for _ in range(60):
+                talkers.talk(chance)
+            witness.expect_eventually("* ghost left the chat")
+            victim.ask_to_end(signal.SIGCONT)
+            ghost.rest()
+            victim.expect_log("silent for too long")
+            talkers.lead(running[0].port, victim.port)
+        talkers.check()
+
+
+def test_talk_goes_on_while_a_server_is_cut_off(
+    cluster: Postgres, database: str, chance: random.Random
+) -> None:
+    """A server that cannot reach the database is left by its clients, and comes back."""
+    name = database.rpartition("/")[2]
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(Proxy(cluster.port))
+        cut = f"postgresql://chat@127.0.0.1:{link.port}/{name}"
+        two = stack.enter_context(one_more(database, **SHORT))
+        one = stack.enter_context(one_more(cut, **SHORT))
+        talkers = Talkers(stack, [one.port, two.port], 12)
+        ghost, witness = Peer(one.port).join("ghost"), Peer(two.port).join("witness")
+        for _ in range(100):
+            talkers.talk(chance)
+        link.go_away()
+        for _ in range(100):
+            talkers.talk(chance)
+        witness.expect_eventually("* ghost left the chat")
+        talkers.lead(one.port, two.port)
+        for _ in range(100):
+            talkers.talk(chance)
+        link.come_back()
+        ghost.rest()
+        talkers.lead(two.port, one.port)
+        talkers.check()
+
+
+def test_a_client_goes_to_the_next_server_by_itself(database: str, chance: random.Random) -> None:
+    """A client that names two servers loses nothing when the one that it is at is killed."""
+    with contextlib.ExitStack() as stack:
+        one = stack.enter_context(one_more(database, signal.SIGKILL))
+        two = stack.enter_context(one_more(database))
+        bob = Peer(two.port).join("bob")
+        shown = Shown()
+        where = f"127.0.0.1:{one.port},127.0.0.1:{two.port}"
+        chat = ChatClient("alice", host=where, show=shown)
+        chat.connect()
+        chat.start()
+        stack.callback(chat.leave)
+        bob.expect("* alice joined the chat")
+        for number in range(100):
+            chat.send(f"line {number}")
+            if number == 50:
+                shown.wait_for("alice: line 20")
+                one.stop(signal.SIGKILL)
+        lines = [f"alice: line {number}" for number in range(100)]
+        bob.expect(*lines)
+        flush(chat)
+        assert [line for line in shown.room if line[0] != "*"] == lines
+        bob.send("/names")
+        bob.expect("-> 2 here: bob, alice")
+
+
+def test_a_client_leaves_a_server_that_has_it_wait(
+    cluster: Postgres, database: str, chance: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server cut off from the database keeps no client that knows another one."""
+    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    name = database.rpartition("/")[2]
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(Proxy(cluster.port))
+        cut = f"postgresql://chat@127.0.0.1:{link.port}/{name}"
+        two = stack.enter_context(one_more(database))
+        one = stack.enter_context(one_more(cut))
+        bob = Peer(two.port).join("bob")
+        where = f"127.0.0.1:{one.port},127.0.0.1:{two.port}"
+        chat = ChatClient("alice", host=where, show=Shown())
+        chat.connect()
+        chat.start()
+        stack.callback(chat.leave)
+        bob.expect("* alice joined the chat")
+        link.go_away()
+        chat.send("from where I was")
+        bob.expect("alice: from where I was")
+        chat.send("from here")
+        bob.expect("alice: from here")
+        link.come_back()
+        chat.send("still once")
+        bob.expect("alice: still once")
+
+
+def test_talk_goes_on_through_a_failover(
+    primary: tuple[Postgres, Postgres], chance: random.Random
+) -> None:
+    """Twelve who talk at three servers lose nothing when the database's primary is killed."""
+    first, second = primary
+    with contextlib.ExitStack() as stack:
+        address = both(first, second)
+        running = [stack.enter_context(one_more(address, UNANSWERED=1.0)) for _ in range(3)]
+        talkers = Talkers(stack, [server.port for server in running], 12)
+        for number in range(600):
+            talkers.talk(chance)
+            if number == 300:
+                talkers.chats[0][1].wait_for(talkers.said[0][0])
+                first.kill()
+                second.promote()
+        talkers.check()
