@@ -82,9 +82,9 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import TextIOWrapper
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, NamedTuple
 
 try:
@@ -1471,6 +1471,15 @@ class Ban(NamedTuple):
         return 0 < self.until <= now
 
 
+class Progress(NamedTuple):
+    """How far a room has followed its log; times are in seconds since the epoch."""
+
+    time: float = 0.0  # the latest that an entry has brought
+    clock: float = 0.0  # the same, or on several machines the log's own: an outage is no time
+    number: int = 0  # of the last round of several servers
+    servers: Mapping[int, float] = MappingProxyType({})  # their last rounds, the oldest first
+
+
 class Room:
     """Who is here, who is kept out, and what an entry does; no socket, thread or clock.
 
@@ -1485,8 +1494,7 @@ class Room:
     def __init__(self, end: int = 0, bans: Iterable[Ban] = (), *, durable: bool) -> None:
         self.durable = durable  # what is stored outlives the server
         self.end = end  # the position of the next line
-        self.time = 0.0  # the latest that an entry has brought
-        self.clock = 0.0  # the same, or on several machines the log's own: it has no gaps
+        self.progress = Progress()
         self.bans = tuple(bans)
         self.stays: dict[int, Stay] = {}  # by number, as they joined
         self.names: dict[str, int] = {}  # which stay has a name, folded
@@ -1494,9 +1502,6 @@ class Room:
         self.keys: dict[str, int] = {}
         self.sessions: dict[int, int] = {}
         self.mail: dict[str, Mail] = {}  # by key
-        self.number = 0  # of the last round of several servers
-        # When each of several had its last round, the oldest first; changed in a copy.
-        self.servers: dict[int, float] = {}
         self.departed: dict[str, str] = {}  # addresses of who had a name last, by folded name
         self._set_deadline()
         # Of a draft alone: what the round makes, and whether its lines can be stored.
@@ -1504,6 +1509,21 @@ class Room:
         self.effects: list[Effect] = []
         self.keeps = True
         self.is_shared = False  # nothing but lines and effects is the draft's own yet
+
+    @property
+    def time(self) -> float:
+        """The latest time that an entry has brought, in seconds since the epoch."""
+        return self.progress.time
+
+    @property
+    def clock(self) -> float:
+        """The time by which places and private lines are kept."""
+        return self.progress.clock
+
+    @property
+    def servers(self) -> Mapping[int, float]:
+        """Which of several servers are in the room, and when each had its last round."""
+        return self.progress.servers
 
     def draft(self, *, keeps: bool = True) -> Room:
         """Return a room to apply entries to; this one stays as it is.
@@ -1592,7 +1612,7 @@ class Room:
             "end": self.end, "time": self.time, "clock": self.clock, "mail": mail,
             "bans": [[*ban] for ban in self.bans], "stays": [[*one] for one in self.stays.values()],
             "departed": self.departed, "servers": [[*one] for one in self.servers.items()],
-            "number": self.number,
+            "number": self.progress.number,
         }  # fmt: skip
 
     def _decoded(self, lines: Iterable[tuple[int, bytes]]) -> list[list[Any]]:
@@ -1602,9 +1622,9 @@ class Room:
     def restored(cls, state: dict[str, Any]) -> Room:
         """Return the room of which this is the state."""
         room = cls(state["end"], [Ban(*ban) for ban in state["bans"]], durable=True)
-        room.time, room.clock = state["time"], state["clock"]
-        room.departed, room.number = dict(state["departed"]), state["number"]
-        room.servers = dict(state["servers"])
+        servers = dict(state["servers"])
+        room.progress = Progress(state["time"], state["clock"], state["number"], servers)
+        room.departed = dict(state["departed"])
         for stay in state["stays"]:
             room._enter(Stay(*stay))
         for key, (total, offered, kept, lines) in state["mail"].items():
@@ -1739,7 +1759,7 @@ class Room:
     def _pass(self, now: float) -> None:
         """Let the room's time come to `now`, if that is later, and end what it ends."""
         if now > self.time:
-            self.time = self.clock = now
+            self.progress = self.progress._replace(time=now, clock=now)
         self._end_kept()
 
     def _end_kept(self) -> None:
@@ -1762,9 +1782,8 @@ class Room:
 
     def _turned(self, turn: Turn) -> None:
         """Let the log's clock move, and end what it ends before the round counts."""
-        self.number = turn.number
-        self.clock += min(max(0.0, turn.time - self.time), MAX_STEP)
-        self.time = max(self.time, turn.time)
+        clock = self.clock + min(max(0.0, turn.time - self.time), MAX_STEP)
+        self.progress = Progress(max(self.time, turn.time), clock, turn.number, self.servers)
         over = []
         for name, last in self.servers.items():  # whose last round is the oldest first
             if self.clock - last <= ALIVE:
@@ -1779,9 +1798,8 @@ class Room:
             self._note_round(turn.server)
 
     def _note_round(self, name: int) -> None:
-        self.servers = self.servers.copy()
-        self.servers.pop(name, None)
-        self.servers[name] = self.clock
+        others = {other: last for other, last in self.servers.items() if other != name}
+        self.progress = self.progress._replace(servers={**others, name: self.clock})
 
     def _entered(self, entered: Entered) -> None:
         self._end_server(entered.former)
@@ -1794,7 +1812,8 @@ class Room:
         """End the connections of a server that is over; nobody waits for what it does then."""
         if name not in self.servers:
             return
-        self.servers = {other: last for other, last in self.servers.items() if other != name}
+        others = {other: last for other, last in self.servers.items() if other != name}
+        self.progress = self.progress._replace(servers=others)
         for stay in [*self.stays.values()]:
             if stay.session is None or stay.session >> SERVER_BITS != name:
                 continue
@@ -2003,7 +2022,7 @@ class Output:
     """
 
     __slots__ = (
-        "confirmed", "connection", "data", "fetching", "gate", "in_flight", "outbox", "parts_at",
+        "connection", "data", "fetching", "gate", "in_flight", "outbox", "parts_at",
         "patience", "position", "reason", "released", "sent", "session", "until", "watched",
         "whispers",
     )  # fmt: skip
@@ -2018,7 +2037,6 @@ class Output:
         self.in_flight = 0  # lines in it that are for this client alone
         self.outbox: list[tuple[int, bytes]] = []  # such lines, by position
         self.whispers = 0  # private lines that it was ever given, under its key
-        self.confirmed = 0  # of which the room knows that they have come
         self.fetching = False  # what it gets next is being read from the file
         self.watched = False  # its socket is full; the selector tells when it is not
         self.until: int | None = None  # it leaves, and gets nothing from here on
@@ -2293,7 +2311,7 @@ class Broadcaster:
             lines.append(protocol.missed_private(begin.missed_private))
         for line in lines:
             output.enqueue(start, _encoded(line))
-        output.whispers = output.confirmed = begin.whispers
+        output.whispers = begin.whispers
         for position, data in begin.mail:
             output.enqueue(min(position, end), data)
         if self._look_at == math.inf:
@@ -2842,6 +2860,7 @@ class History:
     """
 
     durable = False  # `append` waits for the disk
+    failure = ""  # why the room cannot go on; set once, before the server ends for it
 
     def __init__(self, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
         self.fmt = fmt
@@ -4086,6 +4105,33 @@ class Arrival(NamedTuple):
     beginning: Beginning | None = None  # it goes on from there
 
 
+class Confirmations:
+    """Has the room know which private lines have come, as far as the network tells.
+
+    All of it is the broadcaster's own.
+    """
+
+    def __init__(self, hand_in: Callable[[Handed], int]) -> None:
+        self._hand_in = hand_in
+        self._look_at = 0.0  # of the monotonic clock, when to look next
+        self._confirmed: dict[int, int] = {}  # private lines under its key, by session
+
+    def look_at(self, outputs: Iterable[Output]) -> None:
+        """Hand in what is new, now and then."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + CONFIRM
+        known, self._confirmed = self._confirmed, {}
+        for output in [one for one in outputs if one.whispers]:
+            confirmed = known.get(output.session, 0)
+            has_more = output.whispers > confirmed and not output.data
+            if has_more and output.connection.is_acknowledged():
+                confirmed = output.whispers
+                with contextlib.suppress(Gone):
+                    self._hand_in(Handed(Got(output.session, confirmed)))
+            self._confirmed[output.session] = confirmed
+
+
 class SharedLog(EntryLog):
     """The log of a room that several servers have: rounds in a database.
 
@@ -4097,13 +4143,12 @@ class SharedLog(EntryLog):
     def __init__(self, broadcaster: Broadcaster, history: SharedHistory, waker: Waker) -> None:
         super().__init__(Waker())  # wakes the thread that follows the log
         self._pending: Counter[int] = Counter()  # entries that wait or are under way, by session
-        self._unapplied = 0  # of those, all together
         self._arrived: deque[Arrival] = deque()
         self._is_waiting = False  # the database is away for longer than people can be left alone
         # Guarded by the lock: all of the above.  The broadcaster's own:
         self._served: list[Handed] = []  # of ours, in the round that is being applied
         self._entered = 0  # the name under which this server is in the room
-        self._confirm_at = 0.0  # when to look next for private lines that have come
+        self._confirmations = Confirmations(self.hand_in)
         self._broadcaster = broadcaster
         self._history = history
         self._room_waker = waker
@@ -4114,7 +4159,8 @@ class SharedLog(EntryLog):
 
     def __len__(self) -> int:
         """Return how many entries wait to be applied."""
-        return self._unapplied + len(self._arrived)
+        with self._lock:
+            return self._pending.total() + len(self._arrived)
 
     def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
         """Append an entry and return its number, as `EntryLog` does.
@@ -4144,7 +4190,6 @@ class SharedLog(EntryLog):
                 self._handed.append(handed._replace(is_ours=True))
                 self._lines += handed.lines
                 self._pending[session] += 1
-                self._unapplied += 1
             self._count += 1
             return True
 
@@ -4200,18 +4245,7 @@ class SharedLog(EntryLog):
         if self._entered and self._entered not in self._broadcaster.room.servers:
             self._scribe.end_part(self._entered)
             self._entered = 0
-        if time.monotonic() > self._confirm_at:
-            self._confirm_private()
-
-    def _confirm_private(self) -> None:
-        """Have the room know which private lines have come, as far as the network tells."""
-        self._confirm_at = time.monotonic() + CONFIRM
-        for output in [*self._broadcaster.outputs.values()]:
-            is_new = output.whispers > output.confirmed and not output.data
-            if is_new and output.connection.is_acknowledged():
-                output.confirmed = output.whispers
-                with contextlib.suppress(Gone):
-                    self.hand_in(Handed(Got(output.session, output.whispers)))
+        self._confirmations.look_at(self._broadcaster.outputs.values())
 
     # For the thread that follows.
 
@@ -4238,7 +4272,6 @@ class SharedLog(EntryLog):
             for one in handed:
                 session = getattr(one.entry, "session", 0)
                 self._lines_taken -= one.lines
-                self._unapplied -= 1
                 self._pending[session] -= 1
                 if self._pending[session] <= 0:
                     del self._pending[session]
@@ -4467,6 +4500,7 @@ class Scribe:
         """End the server: it cannot go on from what the database has."""
         why = error if str(error) else "the database is not the one that it was; start again"
         log.critical("%s", why)
+        self._history.failure = str(why)
         self._log.close()
         self._drop_all(self._follower)
         import _thread
@@ -4560,10 +4594,10 @@ class Keeper:
         self._database.close()
 
     def _is_due(self, room: Room, age: float) -> bool:
-        rounds, lines = room.number - self._last, room.end - self._position
+        rounds, lines = room.progress.number - self._last, room.end - self._position
         is_long = rounds >= POINT_ROUNDS or lines >= POINT_LINES
         is_old = age >= POINT_SECONDS and self._history.busy > self._last_but_one
-        return room.number > self._last and (is_long or is_old)
+        return room.progress.number > self._last and (is_long or is_old)
 
     def _keep(self, room: Room) -> None:
         """Write a point of the room, unless somebody else has or does."""
@@ -4576,7 +4610,7 @@ class Keeper:
         self.learn(int(last), int(position))
         self._history.kept_to(int(position))
         [(number,)] = self._ask("SELECT number FROM chat.room")
-        if int(number) < room.number:
+        if int(number) < room.progress.number:
             raise Away("a primary that nobody follows any more")
         if is_alone == "0" or not self._is_due(room, float(age)):
             self._ask("ROLLBACK")
@@ -4590,7 +4624,7 @@ class Keeper:
             )
         self._ask(
             "INSERT INTO chat.points VALUES ($1, extract(epoch FROM clock_timestamp()), $2, $3)",
-            room.number,
+            room.progress.number,
             room.end,
             _json(room.state()),
         )
@@ -4601,7 +4635,7 @@ class Keeper:
         )
         self._ask(f"DELETE FROM chat.servers WHERE time < {before} {FORGET_SERVERS}")
         self._ask("COMMIT")
-        self.learn(room.number, room.end)
+        self.learn(room.progress.number, room.end)
         self._history.kept_to(room.end)
 
     def _ask(self, statement: str, *values: object) -> list[tuple[str, ...]]:
@@ -4635,9 +4669,10 @@ def main(arguments: list[str] | None = None) -> int:
         gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
         _announce(server)
         _wait_for_end(signals, server, options, had_terminal)
+    status = 1 if server.history.failure else 0
     if console.is_stuck():
-        os._exit(0)  # a thread that does not come back from a write would hold up the exit
-    return 0
+        os._exit(status)  # a thread that does not come back from a write would hold up the exit
+    return status
 
 
 # Signals.

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import select
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -320,6 +323,98 @@ def test_the_database_is_away_for_a_while(cluster: Postgres, database: str) -> N
         Peer(two.port).join("carol")
 
 
+@pytest.mark.slow
+def test_the_database_is_away_for_half_a_minute(cluster: Postgres, database: str) -> None:
+    """However long it is away, nobody is gone for it, and all that was said comes, once."""
+    with servers(database, 2) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        cluster.kill()
+        alice.send(*(f"{number}" for number in range(100)))
+        for peer in alice, bob:
+            peer.expect("-> the room is waiting; what you say is kept")
+        until = time.monotonic() + 30
+        while time.monotonic() < until:  # it answers who has nothing waiting, all the time
+            bob.send("/names")
+            bob.expect("-> 2 here: alice, bob")
+            assert not wait_for_line(bob, 0.5)
+        cluster.start()
+        said = [f"alice: {number}" for number in range(100)]
+        for peer in alice, bob:
+            lines = [peer.next_line() for _ in range(101)]
+            assert sorted(lines) == sorted([*said, "-> the room goes on"])
+            assert [line for line in lines if line in said] == said
+        bob.send("/names")
+        bob.expect("-> 2 here: alice, bob")
+
+
+def wait_for_line(peer: Peer, seconds: float) -> bool:
+    """Tell whether something comes within so many seconds."""
+    return bool(select.select([peer.sock], [], [], seconds)[0])
+
+
+def test_what_waits_for_the_database_is_bounded(cluster: Postgres, database: str) -> None:
+    """Clients are read from no further when so many lines wait, and nothing of them is lost."""
+    text = "x" * 100
+    with servers(database, 1, MAX_QUEUED=500) as (one,):
+        alice, bob = Peer(one.port).join("alice"), Peer(one.port).join("bob")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            lines = [f"{number:06}{text}" for number in range(200_000)]
+            taken = alice.send_until_blocked("".join(f"{line}\n" for line in lines).encode())
+            assert taken < 20_000_000
+        finally:
+            cluster.signal(signal.SIGCONT)
+        whole = taken // (len(lines[0]) + 1)
+        said = [f"alice: {line}" for line in lines[:whole]]
+        heard = bob.lines_until(said[-1])
+        assert [line for line in heard if line.startswith("alice: ")] == said
+
+
+@contextlib.contextmanager
+def small_disk(size: str) -> Iterator[Path]:
+    """Give a folder on a disk of its own; skip the test where there can be none."""
+    with postgres.folder() as folder:
+        disk = folder / "disk"
+        disk.mkdir()
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", str(disk)],
+            capture_output=True,
+            check=False,
+        )
+        if mounted.returncode:
+            pytest.skip("there can be no small disk here")
+        try:
+            yield disk
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_of_the_database_keeps_the_room_waiting() -> None:
+    """Nothing is seen that is not kept, it is logged why, and all goes on when there is space."""
+    with small_disk("120m") as disk, Postgres(postgres.owned(disk / "one")).create() as cluster:
+        cluster.sql("CREATE DATABASE chat")
+        filler = disk / "filler"
+        with servers(cluster.address("chat"), 1) as (one,):
+            alice, bob = Peer(one.port).join("alice"), Peer(one.port).join("bob")
+            alice.expect("* bob joined the chat")
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(65536))
+            said = [f"{number:05}{'x' * 900}" for number in range(30_000)]
+            sent = alice.send_until_blocked("".join(f"{line}\n" for line in said).encode())
+            heard = bob.lines_until("-> the room is waiting; what you say is kept")
+            one.expect_log("No space left on device")
+            filler.unlink()
+            said = [f"alice: {line}" for line in said[: sent // (len(said[0]) + 1)]]
+            heard += bob.lines_until(said[-1])
+            assert [line for line in heard if line.startswith("alice: ")] == said
+            one.expect_log("the database answers again")
+            with servers(cluster.address("chat"), 1) as (other,):
+                carol = Peer(other.port).introduce("carol -1")
+                carol.expect_eventually(said[-1])
+
+
 def test_a_killed_database_comes_back_with_all(database: str, cluster: Postgres) -> None:
     """After kill -9 of the database, all that anyone has seen is there, each line once."""
     with servers(database, 2) as (one, two):
@@ -540,7 +635,7 @@ def test_another_version_ends_a_running_server(cluster: Postgres, database: str)
         cluster.sql("UPDATE chat.room SET rules = 99", database.rpartition("/")[2])
         server.expect_log("is used by another version; use that one")
         alice.rest()
-        assert server.wait() == 0
+        assert server.wait() == 1
         assert "Traceback" not in server.log()
     finally:
         server.end()
@@ -556,7 +651,7 @@ def test_a_database_of_before_ends_a_running_server(cluster: Postgres, database:
         cluster.sql("UPDATE chat.room SET number = 0; DELETE FROM chat.rounds", name)
         server.expect_log("the database is not the one that it was")
         alice.rest()
-        server.wait()
+        assert server.wait() == 1
     finally:
         server.end()
 

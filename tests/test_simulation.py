@@ -138,11 +138,12 @@ class LenientRoom(Room):
 
     def _claim_anyhow(self, claim: Claim) -> Any:
         known = self.servers
-        self.servers = {**known, claim.session >> SERVER_BITS: self.clock}
+        anyhow = {**known, claim.session >> SERVER_BITS: self.clock}
+        self.progress = self.progress._replace(servers=anyhow)
         try:
             return Room._claim(self, claim)
         finally:
-            self.servers = known
+            self.progress = self.progress._replace(servers=known)
 
     _VERBS: ClassVar[dict[type, Any]] = {**Room._VERBS, Claim: _claim_anyhow}
 
@@ -372,7 +373,7 @@ class Server:
         log, world = self.log, self.world
         if log is None or world.is_away or world.chance.random() > 0.03:
             return
-        number = self.room.number
+        number = self.room.progress.number
         if world.without == 10:
             number = log.number
         log.keep(number, json.dumps(self.room.state()), self.lines, world.now)
@@ -827,7 +828,7 @@ def test_hundreds_of_servers_have_one_room() -> None:
 
 def in_log(room: Room, name: int, now: float, *entries: Any) -> None:
     """Have a room apply a server's round."""
-    room.apply(Turn(name, now, room.number + 1))
+    room.apply(Turn(name, now, room.progress.number + 1))
     for entry in entries:
         room.apply(entry)
 
