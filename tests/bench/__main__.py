@@ -28,6 +28,7 @@ from load import Job
 from servers import (
     CONTENDERS,
     HERE,
+    NGIRCD,
     OURS,
     Contender,
     Server,
@@ -135,7 +136,6 @@ SCENARIOS = (
         senders=10,
         rate=20,
         history=True,
-        ours_only=True,
         several=True,
     ),
     Scenario(
@@ -145,7 +145,6 @@ SCENARIOS = (
         senders=1000,
         rate=500,
         history=True,
-        ours_only=True,
         several=True,
     ),
     Scenario(
@@ -155,7 +154,6 @@ SCENARIOS = (
         senders=1,
         watchers=4,
         history=True,
-        ours_only=True,
         several=True,
     ),
     Scenario("storm", "1,000 clients join at once", kind="join", clients=1000, storm=True),
@@ -323,6 +321,8 @@ def time_help(client: Path) -> float:
 def takes_part(scenario: Scenario, contender: Contender) -> bool:
     if contender.servers > 1:
         return scenario.several
+    if scenario.several:
+        return contender in (OURS, NGIRCD)
     return contender is OURS or not scenario.ours_only
 
 

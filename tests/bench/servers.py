@@ -35,7 +35,7 @@ PR_SET_PDEATHSIG = 1
 
 NGIRCD_CONFIGURATION = """\
 [Global]
-Name = bench.example.net
+Name = {name}.example.net
 Info = bench
 AdminInfo1 = bench
 AdminInfo2 = bench
@@ -57,6 +57,15 @@ PAM = no
 """
 
 
+NGIRCD_LINK = """\
+[Server]
+Name = {name}.example.net
+MyPassword = bench
+PeerPassword = bench
+{how}
+"""
+
+
 class StartError(Exception):
     """A server did not come up; the text says why."""
 
@@ -74,6 +83,7 @@ class Setup:
     history: bool = False
     tls: bool = False
     address: str = ""  # of the history that several servers share
+    first: int = 0  # the port of the first of several, that others link to
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,9 @@ class Contender:
     queue: int = 100
     remark: str = ""
     servers: int = 1
-    """Of one room, whose history is in PostgreSQL if there are several."""
+    """Of one room; ours have their history in PostgreSQL if there are several."""
+    linked: str = ""
+    """What the log of the second says when they are one, if they link to each other."""
 
 
 @dataclass(slots=True)
@@ -150,8 +162,19 @@ def tutorial_command(setup: Setup, port: int, folder: Path) -> list[str]:
 
 def ngircd_command(setup: Setup, port: int, folder: Path) -> list[str]:
     configuration = folder / "ngircd.conf"
-    configuration.write_text(NGIRCD_CONFIGURATION.format(port=port))
+    configuration.write_text(NGIRCD_CONFIGURATION.format(name="bench", port=port))
     return [str(find_program("ngircd")), "--nodaemon", "--config", str(configuration)]
+
+
+def linked_ngircd_command(setup: Setup, port: int, folder: Path) -> list[str]:
+    own, other, how = "one", "two", "Passive = yes"
+    if setup.first:
+        own, other, how = "two", "one", f"Host = 127.0.0.1\nPort = {setup.first}"
+    command = ngircd_command(setup, port, folder)
+    text = NGIRCD_CONFIGURATION.format(name=own, port=port)
+    text += NGIRCD_LINK.format(name=other, how=how)
+    (folder / "ngircd.conf").write_text(text)
+    return command
 
 
 def miniircd_command(setup: Setup, port: int, folder: Path) -> list[str]:
@@ -181,6 +204,17 @@ SEVERAL = tuple(
     for count in (2, 3)
 )
 
+NGIRCD = Contender(
+    name="ngircd",
+    dialect="irc",
+    echo=False,
+    found=lambda setup: find_program("ngircd") is not None,
+    command=ngircd_command,
+    ready=r"listening on \[127\.0\.0\.1\]:(\d+)",
+    queue=10,
+    remark="DNS, Ident, PAM and penalties are off; 3 lines of a client in turn are built in",
+)
+
 CONTENDERS = (
     OURS,
     *SEVERAL,
@@ -193,15 +227,14 @@ CONTENDERS = (
         ready=r"listening on 127\.0\.0\.1:(\d+)",
         remark="unframed; no limits, checks or history",
     ),
-    Contender(
-        name="ngircd",
-        dialect="irc",
-        echo=False,
-        found=lambda setup: find_program("ngircd") is not None,
-        command=ngircd_command,
-        ready=r"listening on \[127\.0\.0\.1\]:(\d+)",
-        queue=10,
-        remark="DNS, Ident, PAM and penalties are off; 3 lines of a client in turn are built in",
+    NGIRCD,
+    replace(
+        NGIRCD,
+        name="ngircd-2",
+        servers=2,
+        command=linked_ngircd_command,
+        linked="Synchronization with .* done",
+        remark="two servers that are linked; no history",
     ),
     Contender(
         name="miniircd",
@@ -250,14 +283,14 @@ def free_port() -> int:
         return port
 
 
-def await_ready(process: subprocess.Popen[bytes], log: Path, ready: str) -> int:
-    """Wait until the log says that the server listens; return the port."""
+def await_ready(process: subprocess.Popen[bytes], log: Path, ready: str) -> str:
+    """Wait until the log says that the server is ready; return what it says of it."""
     deadline = time.monotonic() + START_DEADLINE
     while time.monotonic() < deadline:
         ended = process.poll() is not None
         text = log.read_text(errors="replace")
         if found := re.search(ready, text):
-            return int(found[1])
+            return found[1]
         if ended:
             lines = text.strip().splitlines()
             raise StartError(f"did not start: {lines[-1] if lines else 'it said nothing'}")
@@ -277,18 +310,22 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def running_several(contender: Contender, setup: Setup, folder: Path) -> Iterator[Server]:
-    """Run a database and the servers of a room that share it."""
-    folder.chmod(0o755)  # for PostgreSQL's user
+    """Run the servers of a room: ours with a database that they share, others linked."""
     with contextlib.ExitStack() as stack:
-        database = postgres.Postgres(postgres.owned(folder / "database"))
-        stack.enter_context(database.create(fsync=True))
-        setup = replace(setup, address=database.address())
-        servers = []
+        if not contender.linked:
+            folder.chmod(0o755)  # for PostgreSQL's user
+            database = postgres.Postgres(postgres.owned(folder / "database"))
+            stack.enter_context(database.create(fsync=True))
+            setup = replace(setup, address=database.address())
+        servers: list[Server] = []
         for number in range(contender.servers):
             own = folder / str(number)
             own.mkdir()
+            setup = replace(setup, first=servers[0].port if servers else 0)
             servers.append(stack.enter_context(running(contender, setup, own)))
         first, *others = servers
+        if contender.linked:
+            await_ready(others[0].process, others[0].log, f"({contender.linked})")
         first.more = [(other.port, other.pid) for other in others]
         yield first
 
@@ -299,7 +336,7 @@ def running(contender: Contender, setup: Setup, folder: Path) -> Iterator[Server
     command = contender.command(setup, free_port(), folder)
     log = folder / "log"
     # Several servers and their database share all that there is, as on two machines of one core.
-    where = os.sched_getaffinity(0) if setup.address else cores()[0]
+    where = os.sched_getaffinity(0) if contender.servers > 1 else cores()[0]
     with log.open("wb") as output:
         started = time.monotonic()
         process = subprocess.Popen(
@@ -312,7 +349,7 @@ def running(contender: Contender, setup: Setup, folder: Path) -> Iterator[Server
             preexec_fn=bound_child(where),
         )
     try:
-        port = await_ready(process, log, contender.ready)
+        port = int(await_ready(process, log, contender.ready))
         yield Server(process, port, log, (time.monotonic() - started) * 1000)
     finally:
         end(process)
