@@ -85,7 +85,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from types import MappingProxyType, TracebackType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 try:
     import fcntl
@@ -450,9 +450,11 @@ class Connections:
 
     def _check_space(self, client: Client, room: Room) -> None:
         assert self._is_locked()
-        undecided = sum(other.session not in room.sessions for other in self._claiming)
-        if room.count(client.session >> SERVER_BITS) + undecided >= self.limits.max_clients:
-            raise Farewell("the room is full", protocol.ROOM_FULL)
+        most = self.limits.max_clients
+        if len(room.stays) + len(self._claiming) >= most:  # counting exactly takes time
+            undecided = sum(other.session not in room.sessions for other in self._claiming)
+            if room.count(client.session >> SERVER_BITS) + undecided >= most:
+                raise Farewell("the room is full", protocol.ROOM_FULL)
         self._check_address(client, room)
 
     def _check_address(self, client: Client, room: Room) -> None:
@@ -1358,6 +1360,11 @@ Entry = (
 )  # fmt: skip
 
 
+def is_leaving(entry: Entry) -> TypeGuard[Left | Lost]:
+    """Tell whether a connection that counted is over with an entry."""
+    return isinstance(entry, (Left, Lost))
+
+
 # What the broadcaster does for single clients, once the round's lines are stored.
 
 
@@ -1558,7 +1565,7 @@ class Room:
 
         Who waits for what becomes of it is told by the thread that waits.
         """
-        if isinstance(entry, (Left, Lost)):
+        if is_leaving(entry):
             self.effects.append(End(entry.session, self.end, Ending.LEFT))
             if stay := self.by_session(entry.session) or before.by_session(entry.session):
                 self._strike(stay)
@@ -1584,9 +1591,9 @@ class Room:
 
     # What others read.
 
-    def present(self) -> list[str]:
-        """Return the names of all who are here, in the order in which they joined."""
-        return [stay.name for stay in self.stays.values()]
+    def present(self, most: int | None = None) -> list[str]:
+        """Return the names of who is here, all or the first, in the order in which they joined."""
+        return [stay.name for stay in itertools.islice(self.stays.values(), most)]
 
     def count(self, server: int) -> int:
         """Return how many are here at one of several servers, or of whom it was the last."""
@@ -1646,9 +1653,8 @@ class Room:
         name = claim.asked.name
         self._check_bans(name, claim.address)
         self._check_name(name)
-        present = self.present()
-        shown = present[: protocol.WELCOME_NAMES]
-        greeting = [protocol.welcome(name, shown, len(present))]
+        shown = self.present(protocol.WELCOME_NAMES)
+        greeting = [protocol.welcome(name, shown, len(self.stays))]
         stay = Stay(claim.session, name, claim.asked.key, claim.address, claim.session)
         self._enter(stay)
         self._begin(claim, stay, greeting)
@@ -1966,8 +1972,7 @@ class Room:
 
     def _names(self, asked: Asked) -> list[str]:
         self._of(asked)
-        present = self.present()
-        return protocol.here(present[: protocol.LISTED_NAMES], len(present))
+        return protocol.here(self.present(protocol.LISTED_NAMES), len(self.stays))
 
     def _bans(self, asked: Asked) -> list[str]:
         self._operator(asked)
@@ -2225,7 +2230,9 @@ class Broadcaster:
         if self._pager.pages:
             self._take_pages()
         batch = self.entries.take()
-        self._outcomes += (handed.outcome for handed in batch if handed.outcome)
+        outcomes = [(handed.entry, handed.outcome) for handed in batch if handed.outcome]
+        # Who leaves closes the socket, and waits for the end of the round; who joins must not.
+        self._outcomes += (outcome for entry, outcome in outcomes if is_leaving(entry))
         self._claims = {handed.output.session: handed.output for handed in batch if handed.output}
         if self.entries.until(self.room.deadline) <= 0:
             batch.append(Handed(Passed(self.entries.now())))
@@ -2234,6 +2241,9 @@ class Broadcaster:
                 self._apply(batch)
             finally:
                 self._count_out(batch)
+                for entry, outcome in outcomes:
+                    if not is_leaving(entry):
+                        outcome.settle()
         if self._stop_at < math.inf and not self.entries:
             self._say_goodbye()
 
@@ -2254,7 +2264,7 @@ class Broadcaster:
         for handed in batch:
             if handed.reserved:
                 handed.reserved.remove(handed.reserved_lines, handed.size)
-            if isinstance(handed.entry, (Left, Lost)):
+            if is_leaving(handed.entry):
                 output = self.outputs.get(handed.entry.session)
                 if output is not None:
                     self._end(output, End(output.session, self.room.end, Ending.LEFT))
