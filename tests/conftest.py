@@ -9,6 +9,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("chat")  # its assertions show what they compared
 
+from workers import pytest_addoption, pytest_runtestloop  # noqa: E402
+
+__all__ = ["pytest_addoption", "pytest_runtestloop"]  # tests run side by side
+
 # Started in the background of a script, tests and the programs they start would ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,6 +12,7 @@ BENCH = Path(__file__).resolve().parent / "bench"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmark needs Linux")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_every_scenario_gives_figures(tmp_path: Path) -> None:
     """Every scenario, made small, gives a row with figures for our server."""

@@ -150,6 +150,7 @@ def test_silence_while_something_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(shown.notices) == 1
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to see memory in")
 def test_replay_without_end() -> None:
     """A replay that does not end is shown as it comes, and not kept."""

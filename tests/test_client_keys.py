@@ -358,6 +358,7 @@ def enter_from_shell(terminal: Terminal, bob: Peer) -> None:
     terminal.wait_for(lambda screen: "alice>" in screen.lines)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["stopped", "in the background"])
 def test_killed_without_the_terminal(
     kind: str, server: ChatServer, bob: Peer, shell: Shell, how: str

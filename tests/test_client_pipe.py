@@ -446,6 +446,7 @@ def test_slow_reader_of_the_output() -> None:
         assert [line for line in shown if line.startswith("bob: ")] == [*lines, "bob: end"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to see memory in")
 def test_many_lines_in_little_memory(tmp_path: Path) -> None:
     """100,000 lines are said, each once and in order, by a client that keeps few of them."""

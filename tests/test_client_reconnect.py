@@ -118,6 +118,7 @@ def cut_roll_call(offset: int) -> None:
         assert shown.texts[-1] == "alice: hello"
 
 
+@pytest.mark.long
 def test_cut_at_every_byte_of_the_names() -> None:
     """Broken off in the several lines of who is here, a client hears and speaks when it is back."""
     lines = protocol.here(CROWD, len(CROWD))

@@ -89,6 +89,7 @@ def nothing_left() -> Iterator[None]:
         yield
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("columns", "widths"),
     [(20, usual), (37, tight), (80, loose), (120, narrow)],

@@ -330,6 +330,7 @@ def test_search_finds_in_any_case_by_text_and_by_name(file: Path, durable: bool)
         alice.expect("-> nobody said nothing")
 
 
+@pytest.mark.long
 def test_million_lines_are_searched(file: Path) -> None:
     """A word in a file of a million lines is found, first line or last, and nothing else."""
     many(made(file, "the first needle"), 1_000_000)

@@ -157,6 +157,7 @@ def no_leaks_of_server(*options: str) -> Iterator[Any]:
         process.end()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 @pytest.mark.usefixtures("quick")
 def test_killed_server_keeps_every_line_that_was_seen(tmp_path: Path) -> None:

@@ -821,6 +821,7 @@ def test_all_servers_have_one_room_many_times(seed: int) -> None:
     simulate(seed)
 
 
+@pytest.mark.long
 def test_hundreds_of_servers_have_one_room() -> None:
     """Two hundred servers with as many people agree too."""
     simulate(1, servers=200, clients=40, seconds=8.0, settle=45.0)
