@@ -1235,6 +1235,83 @@ def _raise_if_final(line: Line) -> None:
         raise Refused(line.text)
 
 
+# --- Who is not shown here ---------------------------------------------------
+
+#: What is asked of this client and not of the server: how it is written and what it does.
+OWN_COMMANDS = {
+    "ignore": ("/ignore [NAME]", "hide what NAME says, or see whom you hide"),
+    "unignore": ("/unignore NAME", "show it again"),
+}
+OWN_HELP = "and of this client: " + "; ".join(
+    f"{form}, to {purpose}" for form, purpose in OWN_COMMANDS.values()
+)
+
+
+def own_command(text: str) -> tuple[str, str] | None:
+    """Split a command of this client in verb and argument; None for any other line."""
+    request = protocol.command(text)
+    return request if request and request[0] in OWN_COMMANDS else None
+
+
+class Ignored:
+    """Whose lines are not shown here, until the program ends; the room knows nothing of it.
+
+    They count as lines of the room all the same.  Any thread may call.
+    """
+
+    def __init__(self) -> None:
+        # Guards the names: who types adds and removes, who hears follows a new name.
+        self._lock = threading.Lock()
+        self._names: dict[str, str] = {}  # as they were written, by how they are compared
+
+    def obey(self, verb: str, argument: str, me: str) -> str:
+        """Do what a command asks for and return the answer; raise `Refusal`."""
+        if verb == "ignore" and not argument:
+            return self._list()
+        if not argument:
+            raise Refusal("usage: /unignore NAME; /ignore lists whom you ignore")
+        name = protocol.check_name(argument)
+        if protocol.fold(name) == protocol.fold(me):
+            raise Refusal("you cannot ignore yourself; name somebody else")
+        return self._add(name) if verb == "ignore" else self._remove(name)
+
+    def follow(self, item: Line | Notice) -> None:
+        """Know somebody again who takes another name."""
+        news = None
+        if isinstance(item, Line) and item.in_room and not item.name:
+            news = protocol.announcement(str(item))
+        if news and news.event is Event.RENAMED:
+            with self._lock:
+                if self._names.pop(protocol.fold(news.name), None):
+                    self._names[protocol.fold(news.new)] = news.new
+
+    def hides(self, item: Line | Notice, me: str) -> bool:
+        """Tell whether an item is not for the one called `me`, whose own lines always are."""
+        if isinstance(item, Notice) or item.kind not in (Kind.SAID, Kind.DID, Kind.PRIVATE):
+            return False
+        name = protocol.fold(item.name)
+        with self._lock:
+            return name in self._names and name != protocol.fold(me)
+
+    def _list(self) -> str:
+        with self._lock:
+            names = ", ".join(self._names.values())
+        if not names:
+            return "you ignore nobody; /ignore NAME hides what somebody says"
+        return f"you ignore {names}; /unignore NAME ends it"
+
+    def _add(self, name: str) -> str:
+        with self._lock:
+            self._names[protocol.fold(name)] = name
+        return f"what {name} says is not shown here; /unignore {name} ends it"
+
+    def _remove(self, name: str) -> str:
+        with self._lock:
+            if not self._names.pop(protocol.fold(name), None):
+                raise Refusal(f"you do not ignore {name}; /ignore lists whom you ignore")
+        return f"what {name} says is shown again"
+
+
 # --- How it looks ------------------------------------------------------------
 
 # Of the 256 colours that are the same everywhere, twelve far apart and a grey whose
@@ -1501,7 +1578,8 @@ class Pipe(Screen):
             raise Refusal(f"line {self._count} was not sent: {reason}") from None
         # What a program prints may begin with a slash and be no command of ours.
         request = protocol.command(text)
-        known = request is None or request[0] in (*protocol.COMMANDS, *protocol.ALIASES)
+        commands = (*protocol.COMMANDS, *protocol.ALIASES, *OWN_COMMANDS)
+        known = request is None or request[0] in commands
         return text if known and not self._verbatim else protocol.slash(text)
 
     def has_more(self) -> bool:
@@ -2054,7 +2132,8 @@ def _readline_library(readline: Any) -> _Readline | None:
 def completions(before: str, chat: ChatClient | None) -> list[str]:
     """Return what the last word before the cursor may become."""
     if before.startswith("/") and " " not in before:
-        return [f"/{verb} " for verb in protocol.COMMANDS if f"/{verb}".startswith(before)]
+        verbs = (*protocol.COMMANDS, *OWN_COMMANDS)
+        return [f"/{verb} " for verb in verbs if f"/{verb}".startswith(before)]
     start, _, word = before.rpartition(" ")
     names = [name for name in (chat.present if chat else []) if chat and name != chat.name]
     if chat and start.lower() == "/msg":  # who wrote to us comes first
@@ -2277,7 +2356,7 @@ def _toolkit_stop(screen: ToolkitTerminal) -> KeyBindings:
 # --- The command line --------------------------------------------------------
 
 
-def write(chat: ChatClient, screen: Screen) -> int:
+def write(chat: ChatClient, screen: Screen, ignored: Ignored) -> int:
     """Send what is typed until there is no more; return how many lines were refused."""
     refused, doubted = 0, ""
     while True:
@@ -2297,7 +2376,20 @@ def write(chat: ChatClient, screen: Screen) -> int:
                 doubted = line
                 continue
             doubted = ""
-            refused += not _say(chat, screen, line)
+            if request := own_command(line.replace("\t", " ")):
+                refused += not _do(screen, ignored, *request)
+            else:
+                refused += not _say(chat, screen, line)
+
+
+def _do(screen: Screen, ignored: Ignored, verb: str, argument: str) -> bool:
+    """Obey a command of this client's own and answer it; return False if it cannot be done."""
+    try:
+        screen.show(Notice(ignored.obey(verb, argument, screen.me)))
+        return True
+    except Refusal as refusal:
+        screen.show(Notice(str(refusal)))
+        return False
 
 
 def _warn_of_rest(screen: Screen) -> bool:
@@ -2312,6 +2404,8 @@ def _say(chat: ChatClient, screen: Screen, line: str) -> bool:
     """Send a line; return False, and have it mended, if the room cannot carry it."""
     try:
         if screen.interactive:
+            if line[:1].isspace() and own_command(line.strip()):
+                raise Refusal(protocol.SLIP)
             line = _guarded(screen, line.replace("\t", " "))
         chat.send(line)
         if screen.interactive and chat.away and line.strip():
@@ -2393,6 +2487,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _converse(screen: Screen, options: argparse.Namespace) -> int:
     """Join the room, talk, and leave; return the exit status."""
+    ignored = Ignored()
     chat = screen.chat = ChatClient(
         _name(screen, options.name),
         options.host,
@@ -2401,7 +2496,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         password=protocol.password(options.password_file, "CHAT_PASSWORD"),
         tls=_tls_context(options),
         fingerprint=options.tls_fingerprint or "",
-        show=screen.show,
+        show=lambda item: _show(screen, ignored, item),
         ended=lambda: _interrupt_main(screen),
         give_up=options.give_up,
     )
@@ -2413,7 +2508,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     chat.start()
     refused = 0
     try:
-        refused = write(chat, screen)
+        refused = write(chat, screen, ignored)
         if isinstance(screen, Pipe) and options.listen:
             screen.closed.wait()  # or the end of the conversation, which interrupts
         elif not screen.interactive:
@@ -2435,6 +2530,16 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     if isinstance(screen, Pipe) and screen.failure:
         return _fail(screen.failure)
     return 1 if not screen.interactive and (refused or unsent or chat.failed) else 0
+
+
+def _show(screen: Screen, ignored: Ignored, item: Heard | Notice) -> None:
+    """Show what comes from the room, and behind the server's help what it cannot know."""
+    ignored.follow(item)
+    if ignored.hides(item, screen.me):
+        return
+    screen.show(item)
+    if str(item) == protocol.help_lines()[-1]:
+        screen.show(Notice(OWN_HELP))
 
 
 def _name(screen: Screen, name: str = "") -> str:
