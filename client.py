@@ -2150,7 +2150,7 @@ class ToolkitTerminal(Terminal):
     waits; at any other time whoever brings it does.
     """
 
-    def __init__(self, look: Look) -> None:
+    def __init__(self, look: Look, *, has_status: bool = True) -> None:
         super().__init__(look)
         from prompt_toolkit import PromptSession
         from prompt_toolkit.styles import Style
@@ -2161,7 +2161,7 @@ class ToolkitTerminal(Terminal):
             input_processors=[_toolkit_mask()],
             completer=_toolkit_completer(self),
             key_bindings=_toolkit_keys(self),
-            bottom_toolbar=self._status,
+            bottom_toolbar=self._status if has_status else None,
             complete_while_typing=False,
             erase_when_done=True,
             refresh_interval=1.0,
@@ -2460,7 +2460,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Chat until the user leaves; return the exit status."""
     if sys.stderr is None:  # or what is said there would go to standard output
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the program
-    options = _parser().parse_args(arguments)
+    try:
+        options = _options(sys.argv[1:] if arguments is None else arguments)
+    except Refusal as refusal:
+        complain(str(refusal))
+        return 2
     if sys.stdin is None or sys.stdout is None:
         return _fail("standard input and output are closed; leave them open")
     screen = _screen(options)
@@ -2597,7 +2601,7 @@ def _screen(options: argparse.Namespace) -> Screen:
         look.colors = 256 if "256color" in term or "COLORTERM" in os.environ else 16
     _widen_locale()
     with contextlib.suppress(ImportError):
-        return ToolkitTerminal(look)
+        return ToolkitTerminal(look, has_status=not options.no_status)
     return ReadlineTerminal(look)
 
 
@@ -2638,7 +2642,7 @@ def _fingerprint(text: str) -> str:
 
 def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     """Return what the options say of TLS: who vouches for the server."""
-    if not (options.tls or options.tls_ca or options.tls_fingerprint):
+    if options.tls is False or not (options.tls or options.tls_ca or options.tls_fingerprint):
         return None
     if options.tls_ca:
         with open(options.tls_ca, "rb"):
@@ -2738,44 +2742,210 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
     return f"cannot talk to {where}: {error}; check --host and --port"
 
 
-def _parser() -> argparse.ArgumentParser:
+# What may stand in the settings, under the names of the options, and as what.
+SETTINGS: dict[str, type] = {
+    **dict.fromkeys(("host", "name", "tls-ca", "tls-fingerprint", "format", "password-file"), str),
+    **dict.fromkeys(("tls", "timestamps", "no-color", "no-bell", "no-status"), bool),
+    "port": int,
+}
+IN_WORDS = {str: "a text in quotes", bool: "true or false", int: "a whole number"}
+
+
+def settings_file() -> str:
+    """Return where the user's settings stand, by the custom of the platform."""
+    home, variables = os.path.expanduser("~"), os.environ
+    if os.name == "nt":
+        place = variables.get("APPDATA") or os.path.join(home, "AppData", "Roaming")
+    elif sys.platform == "darwin":
+        place = os.path.join(home, "Library", "Application Support")
+    else:
+        given = variables.get("XDG_CONFIG_HOME", "")
+        place = given if os.path.isabs(given) else os.path.join(home, ".config")
+    return os.path.join(place, "classic-chat", "client.toml")
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    """Return what the command line says and, where it says nothing, the settings.
+
+    Raise `Refusal` for settings that cannot be used.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    file = settings_file() if options.settings is None else options.settings
+    if not file:
+        return options
+    given = _settings(file, must_be=options.settings is not None)
+    found = [_option(file, name, value) for name, value in given.items()]
+    return parser.parse_args([*filter(None, found), *arguments])
+
+
+def _settings(file: str, *, must_be: bool) -> dict[str, Any]:
+    """Return what stands in a file of settings: nothing if there is none, unless it must be."""
+    try:
+        with open(file, encoding="utf-8") as settings:
+            text = settings.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if must_be:
+            raise Refusal(f"cannot read {file}: {error.strerror}; name another file") from None
+        return {}
+    except OSError as error:
+        why = f"cannot read {file}: {error.strerror}"
+        raise Refusal(f"{why}; make it readable, or name another with --settings") from None
+    except UnicodeDecodeError:
+        raise Refusal(f"{file} is not UTF-8; save it as that") from None
+    import tomllib  # here, as what only settings need
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        why = f"{file} is not TOML: {error}"
+        raise Refusal(f'{why}; write lines such as name = "alice"') from None
+
+
+def _option(file: str, name: str, value: Any) -> str:
+    """Return a setting as an option, nothing for what is so anyway; raise `Refusal` if it is none.
+
+    What is false is left out: ``tls = false`` must not undo a --tls-ca of the command line.
+    """
+    if name == "password":
+        raise Refusal(f"{file}: a password does not belong here; name its file in password-file")
+    if name not in SETTINGS:
+        raise Refusal(f"{file}: there is no setting {name!r}; take one of {', '.join(SETTINGS)}")
+    if type(value) is not SETTINGS[name]:
+        raise Refusal(f"{file}: {name} must be {IN_WORDS[SETTINGS[name]]}; it is {value!r}")
+    if isinstance(value, bool):
+        return f"--{name}" if value else ""
+    if name in ("tls-ca", "password-file") and value:
+        value = os.path.join(os.path.dirname(file), os.path.expanduser(str(value)))
+    option = f"--{name}={value}"
+    try:
+        if name == "name":
+            protocol.check_name(value)
+        _parser(exit_on_error=False).parse_args([option])
+    except argparse.ArgumentError as error:
+        raise Refusal(f"{file}: {name}: {error.message}") from None
+    except Refusal as refusal:
+        raise Refusal(f"{file}: {name}: {refusal}") from None
+    return option
+
+
+EXAMPLES = """\
+examples:
+  join a friend's room
+      python client.py --host chat.example.org --name alice
+  with TLS, sure by the fingerprint that the friend's server logs at its start
+      python client.py --host chat.example.org --tls-fingerprint AB:CD:...
+  say what a build prints, slashes and all
+      make 2>&1 | python client.py --name build --verbatim
+  write down what is said, saying nothing
+      python client.py --name log --listen < /dev/null >> room.log
+  a room on several servers: the next one is tried when one is lost
+      python client.py --host a.example.org,b.example.org:1234
+"""
+
+
+def _parser(*, exit_on_error: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="client.py",
         description="Join a chat room. On a terminal, /help lists the commands.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=exit_on_error,
     )
     option = parser.add_argument
-    option("--name", default="", help="yours in the room; asked for without it")
+    option("--version", action="version", version=f"%(prog)s {protocol.__version__}")
     option(
+        "--settings",
+        metavar="FILE",
+        help="where these options may stand, as name = value; options given here win;"
+        f" an empty name for none (default: {settings_file().replace('%', '%%')})",
+    )
+    _add_where(parser.add_argument_group("where"))
+    _add_who(parser.add_argument_group("who"))
+    _add_safety(parser.add_argument_group("safety"))
+    _add_display(parser.add_argument_group("display"))
+    _add_pipes(parser.add_argument_group("pipes"))
+    return parser
+
+
+def _add_where(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--host",
         default=protocol.HOST,
         type=_hosts,
         help="the server's, or HOST:PORT, or several of a room, A,B:PORT (default: %(default)s)",
     )
-    option("--port", type=protocol.port, default=protocol.PORT, help="(default: %(default)s)")
-    option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="the server's too")
-    option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")
-    option("--tls", action="store_true", help="speak TLS; the system's authorities vouch")
-    option("--tls-ca", metavar="FILE", help="speak TLS; the authorities in FILE vouch")
-    option(
-        "--tls-fingerprint",
-        type=_fingerprint,
-        metavar="SHA256",
-        help="speak TLS with the certificate that the server logs at its start",
+    group.add_argument(
+        "--port",
+        type=protocol.port,
+        default=protocol.PORT,
+        help="of each host that has none of its own (default: %(default)s)",
     )
-    option("--listen", action="store_true", help="in a pipe, stay after the end of input")
-    option("--verbatim", action="store_true", help="in a pipe, no line is a command")
-    option(
+    group.add_argument(
+        "--format",
+        choices=protocol.FORMATS,
+        default=protocol.FORMAT,
+        help="what the server is run with too (default: %(default)s)",
+    )
+    group.add_argument(
         "--give-up",
         type=_seconds,
         default=math.inf,
         metavar="SECONDS",
         help="leave when a lost server is not back by then (default: go on trying)",
     )
-    option("--timestamps", action="store_true", help="show when each line came")
-    option("--no-color", action="store_true", help="as the variable NO_COLOR does")
-    option("--no-bell", action="store_true", help="for your name and private lines")
-    option("--version", action="version", version=f"%(prog)s {protocol.__version__}")
-    return parser
+
+
+def _add_who(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--name",
+        default="",
+        help="yours in the room; without it you are asked, in a pipe the first line is it",
+    )
+    group.add_argument(
+        "--password-file",
+        metavar="FILE",
+        help="the room's, in the first line; or the variable CHAT_PASSWORD",
+    )
+
+
+def _add_safety(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tls",
+        action=argparse.BooleanOptionalAction,
+        help="speak TLS, for which the system's authorities vouch, or none at all",
+    )
+    group.add_argument("--tls-ca", metavar="FILE", help="speak TLS; the authorities in FILE vouch")
+    group.add_argument(
+        "--tls-fingerprint",
+        type=_fingerprint,
+        metavar="SHA256",
+        help="speak TLS with the certificate that the server logs at its start",
+    )
+
+
+def _add_display(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--timestamps",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="show when each line came, in a pipe too",
+    )
+    for name, help_text in (
+        ("color", "on a terminal, no colors; as the variable NO_COLOR does"),
+        ("bell", "on a terminal, do not ring for your name and private lines"),
+        ("status", "no line below the prompt, which only prompt_toolkit has"),
+    ):
+        group.add_argument(f"--no-{name}", action="store_true", help=help_text)
+        # Against the settings.
+        group.add_argument(
+            f"--{name}", dest=f"no_{name}", action="store_false", help=argparse.SUPPRESS
+        )
+
+
+def _add_pipes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--listen", action="store_true", help="stay after the end of input")
+    group.add_argument("--verbatim", action="store_true", help="no line is a command")
 
 
 if __name__ == "__main__":
