@@ -101,6 +101,7 @@ MAX_STOPS = 1000  # in the background; without a shell to go on in, nothing stop
 # To the left edge, and nothing from there on: prompt_toolkit has gone to the row where its
 # prompt begins, but so many columns to the left as it believes that the text has.
 CLEAR_ROW = "\r\x1b[J"
+UNATTENDED = 300.0  # seconds without a line typed in which the user has hardly read along
 HOW_TO_LEAVE = "Ctrl-C again, Ctrl-D or /quit leaves"
 
 
@@ -2353,15 +2354,71 @@ def _toolkit_stop(screen: ToolkitTerminal) -> KeyBindings:
     return bindings
 
 
+class Unattended:
+    """The time since a line was last typed; what comes in a long one has a mark before it, once.
+
+    Wall clock, because a machine that sleeps is left alone too.  Any thread may call.
+    """
+
+    def __init__(self) -> None:
+        # Guards both: who types begins a new time, who hears marks it.
+        self._lock = threading.Lock()
+        self._since = time.time()
+        self._marked = False
+
+    def end(self) -> None:
+        """Begin anew: a line is typed."""
+        with self._lock:
+            self._since, self._marked = time.time(), False
+
+    def mark(self) -> Notice | None:
+        """Return what is to stand before a line that comes now, if anything."""
+        with self._lock:
+            if self._marked or time.time() - self._since < UNATTENDED:
+                return None
+            self._marked = True
+            since = time.strftime("%H:%M", time.localtime(self._since))
+        return Notice(f"no line typed since {since}; what follows came meanwhile")
+
+
+class View:
+    """What one user gets to see of all that comes, and what the client puts beside it."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.ignored = Ignored()
+        self.unattended = Unattended()
+        self._screen = screen
+
+    def show(self, item: Heard | Notice) -> None:
+        """Show what comes from the room, unless it is hidden."""
+        screen = self._screen
+        self.ignored.follow(item)
+        if self.ignored.hides(item, screen.me):
+            return
+        if screen.interactive and _is_news(item, screen.me) and (mark := self.unattended.mark()):
+            screen.show(mark)
+        screen.show(item)
+        if str(item) == protocol.help_lines()[-1]:  # the server cannot know of ours
+            screen.show(Notice(OWN_HELP))
+
+
+def _is_news(item: Heard | Notice, me: str) -> bool:
+    """Tell whether an item is from others, and no answer."""
+    if isinstance(item, Notice) or item.kind is Kind.ANSWER:
+        return False
+    return protocol.fold(item.name) != protocol.fold(me)
+
+
 # --- The command line --------------------------------------------------------
 
 
-def write(chat: ChatClient, screen: Screen, ignored: Ignored) -> int:
+def write(chat: ChatClient, screen: Screen, view: View) -> int:
     """Send what is typed until there is no more; return how many lines were refused."""
     refused, doubted = 0, ""
     while True:
         try:
             lines = screen.read().split("\n")
+            view.unattended.end()
         except EOFError:
             return refused
         except Refusal as refusal:
@@ -2377,7 +2434,7 @@ def write(chat: ChatClient, screen: Screen, ignored: Ignored) -> int:
                 continue
             doubted = ""
             if request := own_command(line.replace("\t", " ")):
-                refused += not _do(screen, ignored, *request)
+                refused += not _do(screen, view.ignored, *request)
             else:
                 refused += not _say(chat, screen, line)
 
@@ -2491,7 +2548,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _converse(screen: Screen, options: argparse.Namespace) -> int:
     """Join the room, talk, and leave; return the exit status."""
-    ignored = Ignored()
+    view = View(screen)
     chat = screen.chat = ChatClient(
         _name(screen, options.name),
         options.host,
@@ -2500,7 +2557,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         password=protocol.password(options.password_file, "CHAT_PASSWORD"),
         tls=_tls_context(options),
         fingerprint=options.tls_fingerprint or "",
-        show=lambda item: _show(screen, ignored, item),
+        show=view.show,
         ended=lambda: _interrupt_main(screen),
         give_up=options.give_up,
     )
@@ -2512,7 +2569,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     chat.start()
     refused = 0
     try:
-        refused = write(chat, screen, ignored)
+        refused = write(chat, screen, view)
         if isinstance(screen, Pipe) and options.listen:
             screen.closed.wait()  # or the end of the conversation, which interrupts
         elif not screen.interactive:
@@ -2534,16 +2591,6 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     if isinstance(screen, Pipe) and screen.failure:
         return _fail(screen.failure)
     return 1 if not screen.interactive and (refused or unsent or chat.failed) else 0
-
-
-def _show(screen: Screen, ignored: Ignored, item: Heard | Notice) -> None:
-    """Show what comes from the room, and behind the server's help what it cannot know."""
-    ignored.follow(item)
-    if ignored.hides(item, screen.me):
-        return
-    screen.show(item)
-    if str(item) == protocol.help_lines()[-1]:
-        screen.show(Notice(OWN_HELP))
 
 
 def _name(screen: Screen, name: str = "") -> str:
