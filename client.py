@@ -51,7 +51,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 try:
     import termios
@@ -101,6 +101,7 @@ MAX_STOPS = 1000  # in the background; without a shell to go on in, nothing stop
 # To the left edge, and nothing from there on: prompt_toolkit has gone to the row where its
 # prompt begins, but so many columns to the left as it believes that the text has.
 CLEAR_ROW = "\r\x1b[J"
+MAX_RECALL = 1000  # lines typed that are kept over sessions
 UNATTENDED = 300.0  # seconds without a line typed in which the user has hardly read along
 HOW_TO_LEAVE = "Ctrl-C again, Ctrl-D or /quit leaves"
 
@@ -1519,6 +1520,9 @@ class Screen(abc.ABC):
     def show(self, item: Line | Notice) -> None:
         """Show an item without disturbing what is half typed."""
 
+    def recall(self, lines: list[str]) -> None:  # noqa: B027 - not all can recall
+        """Have the keys that bring back what was typed bring back these lines too."""
+
     @abc.abstractmethod
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Return the answer to a question, not shown while it is typed if it is secret."""
@@ -1796,6 +1800,12 @@ class ReadlineTerminal(Terminal):
                 self.hush()  # what is typed now is shown with the next prompt
                 self._hear_signals()
                 self._show_waiting()
+
+    def recall(self, lines: list[str]) -> None:
+        """Put lines before those that are typed from now on."""
+        if self._readline:
+            for line in lines:
+                self._readline.add_history(line)
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own, and keep the answer out of the recall."""
@@ -2184,6 +2194,11 @@ class ToolkitTerminal(Terminal):
         self._interrupted = -math.inf
         return text
 
+    def recall(self, lines: list[str]) -> None:
+        """Put lines before those that are typed from now on."""
+        for line in lines:
+            self._session.history.append_string(line)
+
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own."""
         from prompt_toolkit import PromptSession
@@ -2354,6 +2369,65 @@ def _toolkit_stop(screen: ToolkitTerminal) -> KeyBindings:
     return bindings
 
 
+class Recall:
+    """The lines typed in earlier sessions, in a file, for who asks for it; of the main thread.
+
+    Each line is added when it is typed, so several clients at once share the file.  It is
+    cut when a client starts, into a new file that takes the old one's place.  A place that
+    cannot be written is told once, and nothing is kept from then on.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.failure = ""  # why nothing is kept
+        self._file = file  # empty when nothing is kept
+
+    def load(self) -> list[str]:
+        """Return the lines, the oldest first, and cut the file when it has far too many."""
+        if not self._file:
+            return []
+        try:
+            os.makedirs(os.path.dirname(self._file), mode=0o700, exist_ok=True)
+            with self._open(self._file) as kept:
+                kept.seek(0)
+                lines = kept.read().split("\n")[:-1]
+            if len(lines) > 2 * MAX_RECALL:
+                self._cut(lines[-MAX_RECALL:])
+        except OSError as error:
+            self._fail(error)
+            return []
+        return [line for line in lines[-MAX_RECALL:] if _is_recalled(line)]
+
+    def add(self, text: str) -> None:
+        """Keep a line that was typed, unless a password may be in it."""
+        if not (self._file and _is_recalled(text)):
+            return
+        try:
+            with self._open(self._file) as kept:
+                kept.write(text + "\n")
+        except OSError as error:
+            self._fail(error)
+
+    def _cut(self, lines: list[str]) -> None:
+        new = f"{self._file}.{os.getpid()}"
+        with self._open(new) as kept:
+            kept.write("".join(f"{line}\n" for line in lines))
+        os.replace(new, self._file)
+
+    def _open(self, file: str) -> TextIO:
+        number = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        return open(number, "a+", encoding="utf-8", errors="replace", newline="\n")
+
+    def _fail(self, error: OSError) -> None:
+        why = f"cannot keep what is typed in {self._file}: {error.strerror}"
+        self.failure = f"{why}; make it writable, or take recall out of the settings"
+        self._file = ""
+
+
+def _is_recalled(text: str) -> bool:
+    """Tell whether a line may be kept: it is one, and has no secret."""
+    return bool(text.strip()) and text.isprintable() and discreet(text) == text
+
+
 class Unattended:
     """The time since a line was last typed; what comes in a long one has a mark before it, once.
 
@@ -2384,10 +2458,23 @@ class Unattended:
 class View:
     """What one user gets to see of all that comes, and what the client puts beside it."""
 
-    def __init__(self, screen: Screen) -> None:
+    def __init__(self, screen: Screen, recall: Recall) -> None:
         self.ignored = Ignored()
         self.unattended = Unattended()
+        self.recall = recall
         self._screen = screen
+
+    def typed(self, text: str) -> None:
+        """Take note of what was typed."""
+        self.unattended.end()
+        self.recall.add(text)
+        self.tell_of_recall()
+
+    def tell_of_recall(self) -> None:
+        """Say, once, why what is typed is not kept."""
+        if self.recall.failure:
+            self._screen.show(Notice(self.recall.failure))
+            self.recall.failure = ""
 
     def show(self, item: Heard | Notice) -> None:
         """Show what comes from the room, unless it is hidden."""
@@ -2417,8 +2504,9 @@ def write(chat: ChatClient, screen: Screen, view: View) -> int:
     refused, doubted = 0, ""
     while True:
         try:
-            lines = screen.read().split("\n")
-            view.unattended.end()
+            text = screen.read()
+            view.typed(text)
+            lines = text.split("\n")
         except EOFError:
             return refused
         except Refusal as refusal:
@@ -2548,7 +2636,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _converse(screen: Screen, options: argparse.Namespace) -> int:
     """Join the room, talk, and leave; return the exit status."""
-    view = View(screen)
+    view = View(screen, Recall(_recall_file() if options.recall and screen.interactive else ""))
+    screen.recall(view.recall.load())
+    view.tell_of_recall()
     chat = screen.chat = ChatClient(
         _name(screen, options.name),
         options.host,
@@ -2792,7 +2882,7 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
 # What may stand in the settings, under the names of the options, and as what.
 SETTINGS: dict[str, type] = {
     **dict.fromkeys(("host", "name", "tls-ca", "tls-fingerprint", "format", "password-file"), str),
-    **dict.fromkeys(("tls", "timestamps", "no-color", "no-bell", "no-status"), bool),
+    **dict.fromkeys(("tls", "timestamps", "no-color", "no-bell", "no-status", "recall"), bool),
     "port": int,
 }
 IN_WORDS = {str: "a text in quotes", bool: "true or false", int: "a whole number"}
@@ -2809,6 +2899,16 @@ def settings_file() -> str:
         given = variables.get("XDG_CONFIG_HOME", "")
         place = given if os.path.isabs(given) else os.path.join(home, ".config")
     return os.path.join(place, "classic-chat", "client.toml")
+
+
+def _recall_file() -> str:
+    """Return where what was typed is kept: with the settings, but where state has its own place."""
+    home, given = os.path.expanduser("~"), os.environ.get("XDG_STATE_HOME", "")
+    place = os.path.dirname(settings_file())
+    if os.name != "nt" and sys.platform != "darwin":
+        state = given if os.path.isabs(given) else os.path.join(home, ".local", "state")
+        place = os.path.join(state, "classic-chat")
+    return os.path.join(place, "recall")
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -2977,6 +3077,12 @@ def _add_display(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="show when each line came, in a pipe too",
+    )
+    group.add_argument(
+        "--recall",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="on a terminal, keep what is typed for the next time, but no passwords",
     )
     for name, help_text in (
         ("color", "on a terminal, no colors; as the variable NO_COLOR does"),
