@@ -603,7 +603,10 @@ class Entrance:
             connection.shake_hands(time.monotonic() + CONNECT_TIMEOUT)
             seen = protocol.fingerprint(connection.certificate())
             if self.fingerprint and seen != self.fingerprint:
-                raise Refused(f"the certificate's fingerprint is {seen}; it is not the one given")
+                raise Refused(
+                    f"the certificate's fingerprint is {seen}; it is not the one given,"
+                    " so ask who runs the server before you trust it"
+                )
         except BaseException:
             connection.close()
             raise
@@ -1005,7 +1008,10 @@ class ChatClient:
             if self._leaving.wait(max(0.0, absence.next_try - now)):
                 return
             if absence.next_try == ends:
-                raise Refused(f"the server did not come back in {self._give_up_after:.0f} s")
+                raise Refused(
+                    f"the server did not come back in {self._give_up_after:.0f} s;"
+                    " try later, or wait longer with --give-up"
+                )
             try:
                 self.connect()
                 return
@@ -1615,7 +1621,7 @@ class Pipe(Screen):
         # What is still in the buffer must not be tried again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno != errno.EPIPE:  # a reader who has gone has what it wanted
-            self.failure = f"cannot write to standard output: {error.strerror}"
+            self.failure = f"cannot write to standard output: {error.strerror}; write elsewhere"
         self.closed.set()
 
     def ask(self, question: str, *, secret: bool = False) -> str:
@@ -2715,7 +2721,7 @@ def _join(chat: ChatClient, screen: Screen) -> None:
                 try:
                     chat.entrance.password = screen.ask("Password of the room: ", secret=True)
                 except EOFError:
-                    raise Refused("no password was given") from None
+                    raise Refused("no password was given; start again and type it") from None
             except PutOut:
                 raise
             except (OSError, UnicodeError, Refused):
@@ -2773,7 +2779,9 @@ def _seconds(text: str) -> float:
 def _fingerprint(text: str) -> str:
     digits = text.replace(":", "").upper()
     if not re.fullmatch("[0-9A-F]{64}", digits):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a fingerprint of 64 hex digits")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a fingerprint of 64 hex digits; the server logs its own"
+        )
     return ":".join(re.findall("..", digits))
 
 

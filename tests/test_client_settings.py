@@ -128,7 +128,10 @@ def test_help_says_where(file: Path) -> None:
         ('name = "a b"', "name: a name is one word of at most 24 letters"),
         ('format = "latin-1"', "format: invalid choice: 'latin-1' (choose from"),
         ('host = ""', "host: '' names no host; give"),
-        ('tls-fingerprint = "AB"', "tls-fingerprint: 'AB' is not a fingerprint"),
+        (
+            'tls-fingerprint = "AB"',
+            "tls-fingerprint: 'AB' is not a fingerprint of 64 hex digits; the server logs",
+        ),
         ("[server]\nport = 1", "there is no setting 'server'; take one of"),
     ],
 )
