@@ -51,7 +51,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 try:
     import termios
@@ -101,6 +101,8 @@ MAX_STOPS = 1000  # in the background; without a shell to go on in, nothing stop
 # To the left edge, and nothing from there on: prompt_toolkit has gone to the row where its
 # prompt begins, but so many columns to the left as it believes that the text has.
 CLEAR_ROW = "\r\x1b[J"
+MAX_RECALL = 1000  # lines typed that are kept over sessions
+UNATTENDED = 300.0  # seconds without a line typed in which the user has hardly read along
 HOW_TO_LEAVE = "Ctrl-C again, Ctrl-D or /quit leaves"
 
 
@@ -601,7 +603,10 @@ class Entrance:
             connection.shake_hands(time.monotonic() + CONNECT_TIMEOUT)
             seen = protocol.fingerprint(connection.certificate())
             if self.fingerprint and seen != self.fingerprint:
-                raise Refused(f"the certificate's fingerprint is {seen}; it is not the one given")
+                raise Refused(
+                    f"the certificate's fingerprint is {seen}; it is not the one given,"
+                    " so ask who runs the server before you trust it"
+                )
         except BaseException:
             connection.close()
             raise
@@ -1003,7 +1008,10 @@ class ChatClient:
             if self._leaving.wait(max(0.0, absence.next_try - now)):
                 return
             if absence.next_try == ends:
-                raise Refused(f"the server did not come back in {self._give_up_after:.0f} s")
+                raise Refused(
+                    f"the server did not come back in {self._give_up_after:.0f} s;"
+                    " try later, or wait longer with --give-up"
+                )
             try:
                 self.connect()
                 return
@@ -1235,6 +1243,83 @@ def _raise_if_final(line: Line) -> None:
         raise Refused(line.text)
 
 
+# --- Who is not shown here ---------------------------------------------------
+
+#: What is asked of this client and not of the server: how it is written and what it does.
+OWN_COMMANDS = {
+    "ignore": ("/ignore [NAME]", "hide what NAME says, or see whom you hide"),
+    "unignore": ("/unignore NAME", "show it again"),
+}
+OWN_HELP = "and of this client: " + "; ".join(
+    f"{form}, to {purpose}" for form, purpose in OWN_COMMANDS.values()
+)
+
+
+def own_command(text: str) -> tuple[str, str] | None:
+    """Split a command of this client in verb and argument; None for any other line."""
+    request = protocol.command(text)
+    return request if request and request[0] in OWN_COMMANDS else None
+
+
+class Ignored:
+    """Whose lines are not shown here, until the program ends; the room knows nothing of it.
+
+    They count as lines of the room all the same.  Any thread may call.
+    """
+
+    def __init__(self) -> None:
+        # Guards the names: who types adds and removes, who hears follows a new name.
+        self._lock = threading.Lock()
+        self._names: dict[str, str] = {}  # as they were written, by how they are compared
+
+    def obey(self, verb: str, argument: str, me: str) -> str:
+        """Do what a command asks for and return the answer; raise `Refusal`."""
+        if verb == "ignore" and not argument:
+            return self._list()
+        if not argument:
+            raise Refusal("usage: /unignore NAME; /ignore lists whom you ignore")
+        name = protocol.check_name(argument)
+        if protocol.fold(name) == protocol.fold(me):
+            raise Refusal("you cannot ignore yourself; name somebody else")
+        return self._add(name) if verb == "ignore" else self._remove(name)
+
+    def follow(self, item: Line | Notice) -> None:
+        """Know somebody again who takes another name."""
+        news = None
+        if isinstance(item, Line) and item.in_room and not item.name:
+            news = protocol.announcement(str(item))
+        if news and news.event is Event.RENAMED:
+            with self._lock:
+                if self._names.pop(protocol.fold(news.name), None):
+                    self._names[protocol.fold(news.new)] = news.new
+
+    def hides(self, item: Line | Notice, me: str) -> bool:
+        """Tell whether an item is not for the one called `me`, whose own lines always are."""
+        if isinstance(item, Notice) or item.kind not in (Kind.SAID, Kind.DID, Kind.PRIVATE):
+            return False
+        name = protocol.fold(item.name)
+        with self._lock:
+            return name in self._names and name != protocol.fold(me)
+
+    def _list(self) -> str:
+        with self._lock:
+            names = ", ".join(self._names.values())
+        if not names:
+            return "you ignore nobody; /ignore NAME hides what somebody says"
+        return f"you ignore {names}; /unignore NAME ends it"
+
+    def _add(self, name: str) -> str:
+        with self._lock:
+            self._names[protocol.fold(name)] = name
+        return f"what {name} says is not shown here; /unignore {name} ends it"
+
+    def _remove(self, name: str) -> str:
+        with self._lock:
+            if not self._names.pop(protocol.fold(name), None):
+                raise Refusal(f"you do not ignore {name}; /ignore lists whom you ignore")
+        return f"what {name} says is shown again"
+
+
 # --- How it looks ------------------------------------------------------------
 
 # Of the 256 colours that are the same everywhere, twelve far apart and a grey whose
@@ -1441,6 +1526,9 @@ class Screen(abc.ABC):
     def show(self, item: Line | Notice) -> None:
         """Show an item without disturbing what is half typed."""
 
+    def recall(self, lines: list[str]) -> None:  # noqa: B027 - not all can recall
+        """Have the keys that bring back what was typed bring back these lines too."""
+
     @abc.abstractmethod
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Return the answer to a question, not shown while it is typed if it is secret."""
@@ -1501,7 +1589,8 @@ class Pipe(Screen):
             raise Refusal(f"line {self._count} was not sent: {reason}") from None
         # What a program prints may begin with a slash and be no command of ours.
         request = protocol.command(text)
-        known = request is None or request[0] in (*protocol.COMMANDS, *protocol.ALIASES)
+        commands = (*protocol.COMMANDS, *protocol.ALIASES, *OWN_COMMANDS)
+        known = request is None or request[0] in commands
         return text if known and not self._verbatim else protocol.slash(text)
 
     def has_more(self) -> bool:
@@ -1532,7 +1621,7 @@ class Pipe(Screen):
         # What is still in the buffer must not be tried again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno != errno.EPIPE:  # a reader who has gone has what it wanted
-            self.failure = f"cannot write to standard output: {error.strerror}"
+            self.failure = f"cannot write to standard output: {error.strerror}; write elsewhere"
         self.closed.set()
 
     def ask(self, question: str, *, secret: bool = False) -> str:
@@ -1717,6 +1806,12 @@ class ReadlineTerminal(Terminal):
                 self.hush()  # what is typed now is shown with the next prompt
                 self._hear_signals()
                 self._show_waiting()
+
+    def recall(self, lines: list[str]) -> None:
+        """Put lines before those that are typed from now on."""
+        if self._readline:
+            for line in lines:
+                self._readline.add_history(line)
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own, and keep the answer out of the recall."""
@@ -2054,7 +2149,8 @@ def _readline_library(readline: Any) -> _Readline | None:
 def completions(before: str, chat: ChatClient | None) -> list[str]:
     """Return what the last word before the cursor may become."""
     if before.startswith("/") and " " not in before:
-        return [f"/{verb} " for verb in protocol.COMMANDS if f"/{verb}".startswith(before)]
+        verbs = (*protocol.COMMANDS, *OWN_COMMANDS)
+        return [f"/{verb} " for verb in verbs if f"/{verb}".startswith(before)]
     start, _, word = before.rpartition(" ")
     names = [name for name in (chat.present if chat else []) if chat and name != chat.name]
     if chat and start.lower() == "/msg":  # who wrote to us comes first
@@ -2071,7 +2167,7 @@ class ToolkitTerminal(Terminal):
     waits; at any other time whoever brings it does.
     """
 
-    def __init__(self, look: Look) -> None:
+    def __init__(self, look: Look, *, has_status: bool = True) -> None:
         super().__init__(look)
         from prompt_toolkit import PromptSession
         from prompt_toolkit.styles import Style
@@ -2082,7 +2178,7 @@ class ToolkitTerminal(Terminal):
             input_processors=[_toolkit_mask()],
             completer=_toolkit_completer(self),
             key_bindings=_toolkit_keys(self),
-            bottom_toolbar=self._status,
+            bottom_toolbar=self._status if has_status else None,
             complete_while_typing=False,
             erase_when_done=True,
             refresh_interval=1.0,
@@ -2103,6 +2199,11 @@ class ToolkitTerminal(Terminal):
         text = self._run(self._session, self._prompt, default=self._take_back())
         self._interrupted = -math.inf
         return text
+
+    def recall(self, lines: list[str]) -> None:
+        """Put lines before those that are typed from now on."""
+        for line in lines:
+            self._session.history.append_string(line)
 
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own."""
@@ -2274,15 +2375,144 @@ def _toolkit_stop(screen: ToolkitTerminal) -> KeyBindings:
     return bindings
 
 
+class Recall:
+    """The lines typed in earlier sessions, in a file, for who asks for it; of the main thread.
+
+    Each line is added when it is typed, so several clients at once share the file.  It is
+    cut when a client starts, into a new file that takes the old one's place.  A place that
+    cannot be written is told once, and nothing is kept from then on.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.failure = ""  # why nothing is kept
+        self._file = file  # empty when nothing is kept
+
+    def load(self) -> list[str]:
+        """Return the lines, the oldest first, and cut the file when it has far too many."""
+        if not self._file:
+            return []
+        try:
+            os.makedirs(os.path.dirname(self._file), mode=0o700, exist_ok=True)
+            with self._open(self._file) as kept:
+                kept.seek(0)
+                lines = kept.read().split("\n")[:-1]
+            if len(lines) > 2 * MAX_RECALL:
+                self._cut(lines[-MAX_RECALL:])
+        except OSError as error:
+            self._fail(error)
+            return []
+        return [line for line in lines[-MAX_RECALL:] if _is_recalled(line)]
+
+    def add(self, text: str) -> None:
+        """Keep a line that was typed, unless a password may be in it."""
+        if not (self._file and _is_recalled(text)):
+            return
+        try:
+            with self._open(self._file) as kept:
+                kept.write(text + "\n")
+        except OSError as error:
+            self._fail(error)
+
+    def _cut(self, lines: list[str]) -> None:
+        new = f"{self._file}.{os.getpid()}"
+        with self._open(new) as kept:
+            kept.write("".join(f"{line}\n" for line in lines))
+        os.replace(new, self._file)
+
+    def _open(self, file: str) -> TextIO:
+        number = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        return open(number, "a+", encoding="utf-8", errors="replace", newline="\n")
+
+    def _fail(self, error: OSError) -> None:
+        why = f"cannot keep what is typed in {self._file}: {error.strerror}"
+        self.failure = f"{why}; make it writable, or take recall out of the settings"
+        self._file = ""
+
+
+def _is_recalled(text: str) -> bool:
+    """Tell whether a line may be kept: it is one, and has no secret."""
+    return bool(text.strip()) and text.isprintable() and discreet(text) == text
+
+
+class Unattended:
+    """The time since a line was last typed; what comes in a long one has a mark before it, once.
+
+    Wall clock, because a machine that sleeps is left alone too.  Any thread may call.
+    """
+
+    def __init__(self) -> None:
+        # Guards both: who types begins a new time, who hears marks it.
+        self._lock = threading.Lock()
+        self._since = time.time()
+        self._marked = False
+
+    def end(self) -> None:
+        """Begin anew: a line is typed."""
+        with self._lock:
+            self._since, self._marked = time.time(), False
+
+    def mark(self) -> Notice | None:
+        """Return what is to stand before a line that comes now, if anything."""
+        with self._lock:
+            if self._marked or time.time() - self._since < UNATTENDED:
+                return None
+            self._marked = True
+            since = time.strftime("%H:%M", time.localtime(self._since))
+        return Notice(f"no line typed since {since}; what follows came meanwhile")
+
+
+class View:
+    """What one user gets to see of all that comes, and what the client puts beside it."""
+
+    def __init__(self, screen: Screen, recall: Recall) -> None:
+        self.ignored = Ignored()
+        self.unattended = Unattended()
+        self.recall = recall
+        self._screen = screen
+
+    def typed(self, text: str) -> None:
+        """Take note of what was typed."""
+        self.unattended.end()
+        self.recall.add(text)
+        self.tell_of_recall()
+
+    def tell_of_recall(self) -> None:
+        """Say, once, why what is typed is not kept."""
+        if self.recall.failure:
+            self._screen.show(Notice(self.recall.failure))
+            self.recall.failure = ""
+
+    def show(self, item: Heard | Notice) -> None:
+        """Show what comes from the room, unless it is hidden."""
+        screen = self._screen
+        self.ignored.follow(item)
+        if self.ignored.hides(item, screen.me):
+            return
+        if screen.interactive and _is_news(item, screen.me) and (mark := self.unattended.mark()):
+            screen.show(mark)
+        screen.show(item)
+        if str(item) == protocol.help_lines()[-1]:  # the server cannot know of ours
+            screen.show(Notice(OWN_HELP))
+
+
+def _is_news(item: Heard | Notice, me: str) -> bool:
+    """Tell whether an item is from others, and no answer."""
+    if isinstance(item, Notice) or item.kind is Kind.ANSWER:
+        return False
+    return protocol.fold(item.name) != protocol.fold(me)
+
+
 # --- The command line --------------------------------------------------------
 
 
-def write(chat: ChatClient, screen: Screen) -> int:
+def write(chat: ChatClient, screen: Screen, view: View) -> int:
     """Send what is typed until there is no more; return how many lines were refused."""
     refused, doubted = 0, ""
     while True:
         try:
-            lines = screen.read().split("\n")
+            text = screen.read()
+            view.typed(text)
+            lines = text.split("\n")
         except EOFError:
             return refused
         except Refusal as refusal:
@@ -2297,7 +2527,20 @@ def write(chat: ChatClient, screen: Screen) -> int:
                 doubted = line
                 continue
             doubted = ""
-            refused += not _say(chat, screen, line)
+            if request := own_command(line.replace("\t", " ")):
+                refused += not _do(screen, view.ignored, *request)
+            else:
+                refused += not _say(chat, screen, line)
+
+
+def _do(screen: Screen, ignored: Ignored, verb: str, argument: str) -> bool:
+    """Obey a command of this client's own and answer it; return False if it cannot be done."""
+    try:
+        screen.show(Notice(ignored.obey(verb, argument, screen.me)))
+        return True
+    except Refusal as refusal:
+        screen.show(Notice(str(refusal)))
+        return False
 
 
 def _warn_of_rest(screen: Screen) -> bool:
@@ -2312,6 +2555,8 @@ def _say(chat: ChatClient, screen: Screen, line: str) -> bool:
     """Send a line; return False, and have it mended, if the room cannot carry it."""
     try:
         if screen.interactive:
+            if line[:1].isspace() and own_command(line.strip()):
+                raise Refusal(protocol.SLIP)
             line = _guarded(screen, line.replace("\t", " "))
         chat.send(line)
         if screen.interactive and chat.away and line.strip():
@@ -2366,7 +2611,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Chat until the user leaves; return the exit status."""
     if sys.stderr is None:  # or what is said there would go to standard output
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the program
-    options = _parser().parse_args(arguments)
+    try:
+        options = _options(sys.argv[1:] if arguments is None else arguments)
+    except Refusal as refusal:
+        complain(str(refusal))
+        return 2
     if sys.stdin is None or sys.stdout is None:
         return _fail("standard input and output are closed; leave them open")
     screen = _screen(options)
@@ -2393,6 +2642,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _converse(screen: Screen, options: argparse.Namespace) -> int:
     """Join the room, talk, and leave; return the exit status."""
+    view = View(screen, Recall(_recall_file() if options.recall and screen.interactive else ""))
+    screen.recall(view.recall.load())
+    view.tell_of_recall()
     chat = screen.chat = ChatClient(
         _name(screen, options.name),
         options.host,
@@ -2401,7 +2653,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         password=protocol.password(options.password_file, "CHAT_PASSWORD"),
         tls=_tls_context(options),
         fingerprint=options.tls_fingerprint or "",
-        show=screen.show,
+        show=view.show,
         ended=lambda: _interrupt_main(screen),
         give_up=options.give_up,
     )
@@ -2413,7 +2665,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     chat.start()
     refused = 0
     try:
-        refused = write(chat, screen)
+        refused = write(chat, screen, view)
         if isinstance(screen, Pipe) and options.listen:
             screen.closed.wait()  # or the end of the conversation, which interrupts
         elif not screen.interactive:
@@ -2469,7 +2721,7 @@ def _join(chat: ChatClient, screen: Screen) -> None:
                 try:
                     chat.entrance.password = screen.ask("Password of the room: ", secret=True)
                 except EOFError:
-                    raise Refused("no password was given") from None
+                    raise Refused("no password was given; start again and type it") from None
             except PutOut:
                 raise
             except (OSError, UnicodeError, Refused):
@@ -2492,7 +2744,7 @@ def _screen(options: argparse.Namespace) -> Screen:
         look.colors = 256 if "256color" in term or "COLORTERM" in os.environ else 16
     _widen_locale()
     with contextlib.suppress(ImportError):
-        return ToolkitTerminal(look)
+        return ToolkitTerminal(look, has_status=not options.no_status)
     return ReadlineTerminal(look)
 
 
@@ -2527,13 +2779,15 @@ def _seconds(text: str) -> float:
 def _fingerprint(text: str) -> str:
     digits = text.replace(":", "").upper()
     if not re.fullmatch("[0-9A-F]{64}", digits):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a fingerprint of 64 hex digits")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a fingerprint of 64 hex digits; the server logs its own"
+        )
     return ":".join(re.findall("..", digits))
 
 
 def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     """Return what the options say of TLS: who vouches for the server."""
-    if not (options.tls or options.tls_ca or options.tls_fingerprint):
+    if options.tls is False or not (options.tls or options.tls_ca or options.tls_fingerprint):
         return None
     if options.tls_ca:
         with open(options.tls_ca, "rb"):
@@ -2633,44 +2887,226 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
     return f"cannot talk to {where}: {error}; check --host and --port"
 
 
-def _parser() -> argparse.ArgumentParser:
+# What may stand in the settings, under the names of the options, and as what.
+SETTINGS: dict[str, type] = {
+    **dict.fromkeys(("host", "name", "tls-ca", "tls-fingerprint", "format", "password-file"), str),
+    **dict.fromkeys(("tls", "timestamps", "no-color", "no-bell", "no-status", "recall"), bool),
+    "port": int,
+}
+IN_WORDS = {str: "a text in quotes", bool: "true or false", int: "a whole number"}
+
+
+def settings_file() -> str:
+    """Return where the user's settings stand, by the custom of the platform."""
+    home, variables = os.path.expanduser("~"), os.environ
+    if os.name == "nt":
+        place = variables.get("APPDATA") or os.path.join(home, "AppData", "Roaming")
+    elif sys.platform == "darwin":
+        place = os.path.join(home, "Library", "Application Support")
+    else:
+        given = variables.get("XDG_CONFIG_HOME", "")
+        place = given if os.path.isabs(given) else os.path.join(home, ".config")
+    return os.path.join(place, "classic-chat", "client.toml")
+
+
+def _recall_file() -> str:
+    """Return where what was typed is kept: with the settings, but where state has its own place."""
+    home, given = os.path.expanduser("~"), os.environ.get("XDG_STATE_HOME", "")
+    place = os.path.dirname(settings_file())
+    if os.name != "nt" and sys.platform != "darwin":
+        state = given if os.path.isabs(given) else os.path.join(home, ".local", "state")
+        place = os.path.join(state, "classic-chat")
+    return os.path.join(place, "recall")
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    """Return what the command line says and, where it says nothing, the settings.
+
+    Raise `Refusal` for settings that cannot be used.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    file = settings_file() if options.settings is None else options.settings
+    if not file:
+        return options
+    given = _settings(file, must_be=options.settings is not None)
+    found = [_option(file, name, value) for name, value in given.items()]
+    return parser.parse_args([*filter(None, found), *arguments])
+
+
+def _settings(file: str, *, must_be: bool) -> dict[str, Any]:
+    """Return what stands in a file of settings: nothing if there is none, unless it must be."""
+    try:
+        with open(file, encoding="utf-8") as settings:
+            text = settings.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if must_be:
+            raise Refusal(f"cannot read {file}: {error.strerror}; name another file") from None
+        return {}
+    except OSError as error:
+        why = f"cannot read {file}: {error.strerror}"
+        raise Refusal(f"{why}; make it readable, or name another with --settings") from None
+    except UnicodeDecodeError:
+        raise Refusal(f"{file} is not UTF-8; save it as that") from None
+    import tomllib  # here, as what only settings need
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        why = f"{file} is not TOML: {error}"
+        raise Refusal(f'{why}; write lines such as name = "alice"') from None
+
+
+def _option(file: str, name: str, value: Any) -> str:
+    """Return a setting as an option, nothing for what is so anyway; raise `Refusal` if it is none.
+
+    What is false is left out: ``tls = false`` must not undo a --tls-ca of the command line.
+    """
+    if name == "password":
+        raise Refusal(f"{file}: a password does not belong here; name its file in password-file")
+    if name not in SETTINGS:
+        raise Refusal(f"{file}: there is no setting {name!r}; take one of {', '.join(SETTINGS)}")
+    if type(value) is not SETTINGS[name]:
+        raise Refusal(f"{file}: {name} must be {IN_WORDS[SETTINGS[name]]}; it is {value!r}")
+    if isinstance(value, bool):
+        return f"--{name}" if value else ""
+    if name in ("tls-ca", "password-file") and value:
+        value = os.path.join(os.path.dirname(file), os.path.expanduser(str(value)))
+    option = f"--{name}={value}"
+    try:
+        if name == "name":
+            protocol.check_name(value)
+        _parser(exit_on_error=False).parse_args([option])
+    except argparse.ArgumentError as error:
+        raise Refusal(f"{file}: {name}: {error.message}") from None
+    except Refusal as refusal:
+        raise Refusal(f"{file}: {name}: {refusal}") from None
+    return option
+
+
+EXAMPLES = """\
+examples:
+  join a friend's room
+      python client.py --host chat.example.org --name alice
+  with TLS, sure by the fingerprint that the friend's server logs at its start
+      python client.py --host chat.example.org --tls-fingerprint AB:CD:...
+  say what a build prints, slashes and all
+      make 2>&1 | python client.py --name build --verbatim
+  write down what is said, saying nothing
+      python client.py --name log --listen < /dev/null >> room.log
+  a room on several servers: the next one is tried when one is lost
+      python client.py --host a.example.org,b.example.org:1234
+"""
+
+
+def _parser(*, exit_on_error: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="client.py",
         description="Join a chat room. On a terminal, /help lists the commands.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=exit_on_error,
     )
     option = parser.add_argument
-    option("--name", default="", help="yours in the room; asked for without it")
+    option("--version", action="version", version=f"%(prog)s {protocol.__version__}")
     option(
+        "--settings",
+        metavar="FILE",
+        help="where these options may stand, as name = value; options given here win;"
+        f" an empty name for none (default: {settings_file().replace('%', '%%')})",
+    )
+    _add_where(parser.add_argument_group("where"))
+    _add_who(parser.add_argument_group("who"))
+    _add_safety(parser.add_argument_group("safety"))
+    _add_display(parser.add_argument_group("display"))
+    _add_pipes(parser.add_argument_group("pipes"))
+    return parser
+
+
+def _add_where(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--host",
         default=protocol.HOST,
         type=_hosts,
         help="the server's, or HOST:PORT, or several of a room, A,B:PORT (default: %(default)s)",
     )
-    option("--port", type=protocol.port, default=protocol.PORT, help="(default: %(default)s)")
-    option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="the server's too")
-    option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")
-    option("--tls", action="store_true", help="speak TLS; the system's authorities vouch")
-    option("--tls-ca", metavar="FILE", help="speak TLS; the authorities in FILE vouch")
-    option(
-        "--tls-fingerprint",
-        type=_fingerprint,
-        metavar="SHA256",
-        help="speak TLS with the certificate that the server logs at its start",
+    group.add_argument(
+        "--port",
+        type=protocol.port,
+        default=protocol.PORT,
+        help="of each host that has none of its own (default: %(default)s)",
     )
-    option("--listen", action="store_true", help="in a pipe, stay after the end of input")
-    option("--verbatim", action="store_true", help="in a pipe, no line is a command")
-    option(
+    group.add_argument(
+        "--format",
+        choices=protocol.FORMATS,
+        default=protocol.FORMAT,
+        help="what the server is run with too (default: %(default)s)",
+    )
+    group.add_argument(
         "--give-up",
         type=_seconds,
         default=math.inf,
         metavar="SECONDS",
         help="leave when a lost server is not back by then (default: go on trying)",
     )
-    option("--timestamps", action="store_true", help="show when each line came")
-    option("--no-color", action="store_true", help="as the variable NO_COLOR does")
-    option("--no-bell", action="store_true", help="for your name and private lines")
-    option("--version", action="version", version=f"%(prog)s {protocol.__version__}")
-    return parser
+
+
+def _add_who(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--name",
+        default="",
+        help="yours in the room; without it you are asked, in a pipe the first line is it",
+    )
+    group.add_argument(
+        "--password-file",
+        metavar="FILE",
+        help="the room's, in the first line; or the variable CHAT_PASSWORD",
+    )
+
+
+def _add_safety(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tls",
+        action=argparse.BooleanOptionalAction,
+        help="speak TLS, for which the system's authorities vouch, or none at all",
+    )
+    group.add_argument("--tls-ca", metavar="FILE", help="speak TLS; the authorities in FILE vouch")
+    group.add_argument(
+        "--tls-fingerprint",
+        type=_fingerprint,
+        metavar="SHA256",
+        help="speak TLS with the certificate that the server logs at its start",
+    )
+
+
+def _add_display(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--timestamps",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="show when each line came, in a pipe too",
+    )
+    group.add_argument(
+        "--recall",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="on a terminal, keep what is typed for the next time, but no passwords",
+    )
+    for name, help_text in (
+        ("color", "on a terminal, no colors; as the variable NO_COLOR does"),
+        ("bell", "on a terminal, do not ring for your name and private lines"),
+        ("status", "no line below the prompt, which only prompt_toolkit has"),
+    ):
+        group.add_argument(f"--no-{name}", action="store_true", help=help_text)
+        # Against the settings.
+        group.add_argument(
+            f"--{name}", dest=f"no_{name}", action="store_false", help=argparse.SUPPRESS
+        )
+
+
+def _add_pipes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--listen", action="store_true", help="stay after the end of input")
+    group.add_argument("--verbatim", action="store_true", help="no line is a command")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,10 @@ def read_to_end(sock: socket.socket) -> None:
 def environment(**more: str) -> dict[str, str]:
     """Return an environment in which nobody's own settings matter."""
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "SYSTEMROOT") if key in os.environ}
-    return {**kept, "LC_ALL": "C.UTF-8", **more}
+    if sys.platform == "darwin":
+        kept["HOME"] = os.devnull
+    nowhere = {"XDG_CONFIG_HOME": os.devnull, "APPDATA": os.devnull}
+    return {**kept, **nowhere, "LC_ALL": "C.UTF-8", **more}
 
 
 def start(port: int, *options: str, **pipes: int) -> subprocess.Popen[bytes]:

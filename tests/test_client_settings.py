@@ -1,0 +1,163 @@
+"""Settings that stay: what stands in the user's file, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chat import DEADLINE, Peer, no_leaks, run_chat
+from clients import CLIENT, environment
+from screens import enter, opener, prompts
+
+ALICE = ("--name", "alice")
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they stand elsewhere")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Threads and descriptors are back to where they were after each test."""
+    with no_leaks():
+        yield
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The place of the settings, where there are none yet."""
+    place = tmp_path / "classic-chat" / "client.toml"
+    place.parent.mkdir()
+    return place
+
+
+def run(file: Path, *options: str, text: str = "hello\n") -> subprocess.CompletedProcess[str]:
+    """Run a client whose user has settings."""
+    return subprocess.run(
+        [*CLIENT, *options],
+        input=text,
+        capture_output=True,
+        text=True,
+        env=environment(XDG_CONFIG_HOME=str(file.parent.parent)),
+        timeout=DEADLINE,
+    )
+
+
+# --- What they do -----------------------------------------------------------------
+
+
+def test_settings_are_options_that_stay(file: Path) -> None:
+    """Host, port and name come from the file, and options win over it."""
+    with run_chat() as server:
+        file.write_text(f'name = "alice"\nhost = "127.0.0.1"\nport = {server.port}\n')
+        done = run(file)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "alice: hello" in done.stdout.splitlines()
+        assert "carol: hello" in run(file, "--name", "carol").stdout.splitlines()
+
+
+def test_options_win_over_switches(file: Path) -> None:
+    """What the settings switch on, the command line can switch off."""
+    with run_chat() as server:
+        file.write_text(f'name = "alice"\nport = {server.port}\ntls = true\ntimestamps = true\n')
+        done = run(file, "--no-tls", "--no-timestamps")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "alice: hello" in done.stdout.splitlines()
+        assert run(file).returncode == 1
+
+
+def test_files_stand_beside_the_settings(file: Path) -> None:
+    """A password file that is named without a folder is the one beside the settings."""
+    (file.parent / "secret").write_text("tr0ub4dor\n")
+    with run_chat(password="tr0ub4dor") as server:
+        file.write_text(f'name = "alice"\nport = {server.port}\npassword-file = "secret"\n')
+        done = run(file)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_file_or_none(file: Path, tmp_path: Path) -> None:
+    """A script names its own settings, or none at all."""
+    other = tmp_path / "other.toml"
+    file.write_text("nonsense")
+    with run_chat() as server:
+        other.write_text(f'name = "carol"\nport = {server.port}\n')
+        assert "carol: hello" in run(file, "--settings", str(other)).stdout.splitlines()
+        done = run(file, "--settings", "", "--port", str(server.port), "--name", "dave")
+        assert "dave: hello" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("no_status", [False, True])
+def test_status_line_can_be_off(file: Path, no_status: bool) -> None:
+    """The line below the prompt stands there unless the settings say no."""
+    file.write_text(f"no-status = {str(no_status).lower()}\n")
+    with run_chat() as server:
+        bob = Peer(server.port).join("bob")
+        place = str(file.parent.parent)
+        with opener("prompt_toolkit")(server.port, *ALICE, XDG_CONFIG_HOME=place) as terminal:
+            enter(terminal, bob)
+            terminal.type("x")
+            terminal.wait_for(prompts("x"))
+            terminal.settle()
+            assert ("alice on 127.0.0.1" in terminal.screen.text()) is not no_status
+
+
+def test_help_says_where(file: Path) -> None:
+    """--help names the file, in whatever place it is, and has each group and the examples."""
+    done = run(file, "--help")
+    assert done.returncode == 0
+    assert str(file) in "".join(done.stdout.split())
+    for title in ("where:", "who:", "safety:", "display:", "pipes:", "examples:"):
+        assert title in done.stdout.splitlines()
+
+
+# --- What is wrong with them ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ('nmae = "alice"', "there is no setting 'nmae'; take one of host, name,"),
+        ('password = "x"', "a password does not belong here; name its file in password-file"),
+        ('port = "55555"', "port must be a whole number; it is '55555'"),
+        ("port = true", "port must be a whole number; it is True"),
+        ("port = 99999", "port: '99999' is not a port number; use 0 to 65535"),
+        ('tls = "yes"', "tls must be true or false; it is 'yes'"),
+        ("name = 1", "name must be a text in quotes; it is 1"),
+        ('name = "a b"', "name: a name is one word of at most 24 letters"),
+        ('format = "latin-1"', "format: invalid choice: 'latin-1' (choose from"),
+        ('host = ""', "host: '' names no host; give"),
+        (
+            'tls-fingerprint = "AB"',
+            "tls-fingerprint: 'AB' is not a fingerprint of 64 hex digits; the server logs",
+        ),
+        ("[server]\nport = 1", "there is no setting 'server'; take one of"),
+    ],
+)
+def test_wrong_setting_is_told_in_one_line(file: Path, settings: str, complaint: str) -> None:
+    """One line names the file, the setting and what to do; it is a wrong usage."""
+    file.write_text(settings)
+    done = run(file)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"client.py: {file}: {complaint}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_unreadable_settings_are_told_in_one_line(file: Path) -> None:
+    """What is no TOML, no text or no file is told with what to do."""
+    file.write_text("name alice")
+    done = run(file)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{file} is not TOML: " in done.stderr
+    assert 'write lines such as name = "alice"' in done.stderr
+    file.write_bytes(b'name = "\xff"')
+    assert run(file).stderr == f"client.py: {file} is not UTF-8; save it as that\n"
+    file.unlink()
+    file.mkdir()
+    done = run(file)
+    assert done.returncode == 2
+    assert f"cannot read {file}: {os.strerror(21)}; make it readable" in done.stderr
+    done = run(file, "--settings", str(file.parent / "none"))
+    assert done.returncode == 2
+    assert "No such file or directory; name another file" in done.stderr
