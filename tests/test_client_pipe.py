@@ -112,7 +112,7 @@ def test_waits_for_its_receipts() -> None:
         ("x" * 997 + "\n", ["build: " + "x" * 997]),
         ("one\n/quit\n", ["build: one"]),
         ("one\n/QUIT\n\n", ["build: one"]),
-        ("/help\n/nick built\none\n", ["* build is now built", "built: one"]),
+        ("/names\n/nick built\none\n", ["* build is now built", "built: one"]),
         ("", []),
     ],
 )
