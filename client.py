@@ -2494,7 +2494,7 @@ class View:
         if screen.interactive and _is_news(item, screen.me) and (mark := self.unattended.mark()):
             screen.show(mark)
         screen.show(item)
-        if str(item) == protocol.help_lines()[-1]:  # the server cannot know of ours
+        if screen.interactive and str(item) == protocol.help_lines()[-1]:  # it knows not ours
             screen.show(Notice(OWN_HELP))
 
 
