@@ -2858,7 +2858,7 @@ def _interrupt_main(screen: Screen) -> None:
 def complain(text: str) -> None:
     """Say something on standard error, if anybody listens there."""
     try:
-        print(f"client.py: {text}", file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
     except OSError:  # what is still in the buffer must not be tried again at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
@@ -3004,7 +3004,6 @@ examples:
 
 def _parser(*, exit_on_error: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="client.py",
         description="Join a chat room. On a terminal, /help lists the commands.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
