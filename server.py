@@ -4784,45 +4784,95 @@ def _server(options: argparse.Namespace) -> ChatServer:
     )
 
 
+EXAMPLES = """\
+examples:
+  a room for everybody on this network
+      python server.py --host ::
+  one with TLS and a password, which remembers what was said
+      python server.py --host :: --tls-cert cert.pem --tls-key key.pem \\
+          --password-file password --history history.db
+  the same room on several machines: this on each
+      python server.py --host :: --history postgresql://db1,db2/chat
+
+SIGTERM and Ctrl-C end the room in order; SIGHUP takes certificate, passwords and log file anew.
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Run a chat room that client.py, nc and telnet can join.",
-        epilog="SIGTERM and Ctrl-C end the room in order; SIGHUP takes certificate, passwords and"
-        " log file anew.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    option = parser.add_argument
+    parser.add_argument("--version", action="version", version=f"%(prog)s {protocol.__version__}")
+    option = parser.add_argument_group("where").add_argument
     option(
-        "--host", default=protocol.HOST, help="address to listen on; :: is all, 0.0.0.0 all of IPv4"
+        "--host",
+        default=protocol.HOST,
+        help="address to listen on; :: is all, 0.0.0.0 all of IPv4 (default: %(default)s)",
     )
-    option("--port", type=protocol.port, default=protocol.PORT, help="0 takes any free one")
-    option("--format", choices=protocol.FORMATS, default=protocol.FORMAT, help="of the text")
-    option("--max-clients", type=_number(int, 1), default=1000, metavar="N", help="in the room")
-    option("--max-per-address", type=_number(int, 1), default=50, metavar="N", help="but loopback")
-    option("--max-unnamed", type=_number(int, 1), default=64, metavar="N", help="not in it yet")
+    option(
+        "--port",
+        type=protocol.port,
+        default=protocol.PORT,
+        help="0 takes any free one (default: %(default)s)",
+    )
+    option(
+        "--format",
+        choices=protocol.FORMATS,
+        default=protocol.FORMAT,
+        help="of the text (default: %(default)s)",
+    )
+    option = parser.add_argument_group("who may come in").add_argument
+    option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")
+    option("--op-password-file", metavar="FILE", help="operators'; or CHAT_OP_PASSWORD")
+    option("--tls-cert", metavar="FILE", help="speak TLS with this certificate")
+    option("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
+    option = parser.add_argument_group("history and log").add_argument
+    option("--history", metavar="FILE", help="keep what is said; postgresql://... shares the room")
+    option("--log-file", metavar="FILE", help="log there too")
+    option("-v", "--verbose", action="store_true", help="log what is said too")
+    _add_limits(parser.add_argument_group("limits"))
+    return parser
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    option, count = group.add_argument, _number(int, 1)
+    option(
+        "--max-clients",
+        type=count,
+        default=1000,
+        metavar="N",
+        help="in the room (default: %(default)s)",
+    )
+    option(
+        "--max-per-address",
+        type=count,
+        default=50,
+        metavar="N",
+        help="but loopback (default: %(default)s)",
+    )
+    option(
+        "--max-unnamed",
+        type=count,
+        default=64,
+        metavar="N",
+        help="not in it yet (default: %(default)s)",
+    )
     option(
         "--name-deadline",
         type=_number(float, 0.1),
         default=30.0,
         metavar="SECONDS",
-        help="to give a name",
+        help="to give a name (default: %(default)g)",
     )
     option(
         "--rate-limit",
         type=_number(float, 0),
         default=5.0,
         metavar="LINES",
-        help=f"a second for each client, after {BURST} at once; 0 is no limit",
+        help=f"a second for each client, after {BURST} at once; 0: no limit (default: %(default)g)",
     )
-    option("--history", metavar="FILE", help="keep what is said; postgresql://... shares the room")
-    option("--tls-cert", metavar="FILE", help="speak TLS with this certificate")
-    option("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
-    option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")
-    option("--op-password-file", metavar="FILE", help="operators'; or CHAT_OP_PASSWORD")
-    option("--log-file", metavar="FILE", help="log there too")
-    option("-v", "--verbose", action="store_true", help="log what is said too")
-    option("--version", action="version", version=f"%(prog)s {protocol.__version__}")
-    return parser
 
 
 def _number(kind: type[int] | type[float], least: float) -> Callable[[str], float]:

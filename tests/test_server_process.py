@@ -322,8 +322,8 @@ def test_help_shows_each_option_with_its_default() -> None:
         ("--max-clients", "1000"),
         ("--max-per-address", "50"),
         ("--max-unnamed", "64"),
-        ("--name-deadline", "30.0"),
-        ("--rate-limit", "5.0"),
+        ("--name-deadline", "30"),
+        ("--rate-limit", "5"),
     ):
         shown = text[text.index(f" {option} ", text.index("options:")) :]
         assert re.search(r"\(default: (\S+)\)", shown)[1] == default  # type: ignore[index]
@@ -553,3 +553,14 @@ def test_a_link_local_address_without_its_interface_is_told() -> None:
             if error.errno != errno.EINVAL:
                 pytest.skip(f"this machine says {error}")
     expect_failure(1, "cannot listen on fe80::1 port 0: .*%eth0", "--port=0", "--host=fe80::1")
+
+
+def test_help_is_in_groups_with_examples() -> None:
+    """The help says where, who, what is kept and the limits with their defaults, then examples."""
+    done = subprocess.run(
+        [sys.executable, SERVER, "--help"], capture_output=True, text=True, check=True
+    )
+    groups = ["where:", "who may come in:", "history and log:", "limits:", "examples:"]
+    assert [line for line in done.stdout.splitlines() if line in groups] == groups
+    assert "in the room (default: 1000)" in done.stdout
+    assert "      python server.py --host ::\n" in done.stdout
