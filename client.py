@@ -1781,11 +1781,14 @@ class ReadlineTerminal(Terminal):
             signal.signal(KNOCK, self.on_knock)
             signal.signal(signal.SIGTSTP, self._on_stop)
             signal.signal(signal.SIGCONT, self._on_continue)
+            sys.unraisablehook = sys.__unraisablehook__
 
     def _ignore_signals(self) -> None:
         # When a handler has raised, `input` runs those of other signals with the
         # exception still set, and whatever they do fails.
         if self._library and self._reading:
+            # Python would complain of one that has come already, and is ignored only now.
+            sys.unraisablehook = lambda _: None
             for number in (KNOCK, signal.SIGTSTP, signal.SIGCONT):
                 signal.signal(number, signal.SIG_IGN)
 
