@@ -822,6 +822,7 @@ def test_all_servers_have_one_room_many_times(seed: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(180)
 def test_hundreds_of_servers_have_one_room() -> None:
     """Two hundred servers with as many people agree too."""
     simulate(1, servers=200, clients=40, seconds=8.0, settle=45.0)
