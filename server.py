@@ -1804,8 +1804,10 @@ class Room:
             self._note_round(turn.server)
 
     def _note_round(self, name: int) -> None:
-        others = {other: last for other, last in self.servers.items() if other != name}
-        self.progress = self.progress._replace(servers={**others, name: self.clock})
+        servers = dict(self.servers)
+        servers.pop(name, None)  # so that it becomes the last
+        servers[name] = self.clock
+        self.progress = self.progress._replace(servers=servers)
 
     def _entered(self, entered: Entered) -> None:
         self._end_server(entered.former)

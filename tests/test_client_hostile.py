@@ -7,7 +7,6 @@ import random
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -271,6 +270,10 @@ def test_fuzzed_server(seed: int) -> None:
         sock.sendall(f"-> 1 here: {name}\n".encode())
         echo(sock)
 
+    def is_sane() -> bool:
+        assert not ended.is_set(), chat.reason
+        return any(line.endswith(": sane") for line in shown)
+
     shown: list[str] = []
     ended = threading.Event()
     with pretended(talk) as port:
@@ -285,10 +288,6 @@ def test_fuzzed_server(seed: int) -> None:
                 continue
         chat.start()
         try:
-            deadline = time.monotonic() + DEADLINE * 2
-            while not any(line.endswith(": sane") for line in shown):
-                assert time.monotonic() < deadline, (connections, shown[-5:])
-                assert not ended.is_set(), chat.reason
-                time.sleep(0.01)
+            wait_until(is_sane, "a sane server", DEADLINE * 2)
         finally:
             chat.leave()

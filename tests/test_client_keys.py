@@ -173,7 +173,7 @@ def test_ctrl_c_leaves_at_once_while_it_is_away(kind: str) -> None:
         terminal.wait_for("connection lost")
         terminal.wait_for(prompts(""))
         terminal.type(CTRL_C)
-        terminal.settle()
+        terminal.wait_for(lambda screen: terminal.status is not None or screen.shows("-- Ctrl-C"))
         if terminal.status is None:  # it was just back for a moment
             terminal.type(CTRL_C)
         assert terminal.wait() == 0

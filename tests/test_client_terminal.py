@@ -154,12 +154,15 @@ sys.path.insert(0, {str(ROOT)!r})
 import client
 sys.exit(client.main())
 """
-# A client that begins to read each line but the first only when a key has been pressed.
+# A client that says that it begins to read its second line and its third, and does so only
+# when a key has been pressed.
 KEY_BEFORE = f"""
-import builtins, select, sys
-def late(prompt, read=input, waits=[]):
-    waits and select.select(waits, [], [])
-    waits[:] = [0]
+import builtins, itertools, select, sys
+def late(prompt, read=input, numbers=itertools.count(1)):
+    number = next(numbers)
+    if number in (2, 3):
+        print("line", number, flush=True)
+        select.select([0], [], [])
     return read(prompt)
 builtins.input = late
 sys.path.insert(0, {str(ROOT)!r})
@@ -203,12 +206,14 @@ def test_typed_before_the_prompt(server: ChatServer, bob: Peer) -> None:
     """What is typed just before readline takes the terminal is shown once, by readline."""
     with altered(KEY_BEFORE, server) as terminal:
         enter(terminal, bob)
-        for word in ("first", "second"):
-            terminal.type(f"{word}\r")
-            bob.expect(f"alice: {word}")
+        terminal.type("first\r")
+        terminal.wait_for("line 2")
+        terminal.type("second\r")
+        terminal.wait_for("line 3")
         terminal.type("third\r")
-        terminal.wait_for("alice: second")
-        for word in ("first", "second"):
+        bob.expect("alice: first", "alice: second", "alice: third")
+        terminal.wait_for("alice: third")
+        for word in ("first", "second", "third"):
             assert terminal.screen.text().count(word) == 1
 
 

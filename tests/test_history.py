@@ -331,8 +331,9 @@ def test_search_finds_in_any_case_by_text_and_by_name(file: Path, durable: bool)
 
 
 @pytest.mark.long
-def test_million_lines_are_searched(file: Path) -> None:
+def test_million_lines_are_searched(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A word in a file of a million lines is found, first line or last, and nothing else."""
+    monkeypatch.setattr("server.SEARCH_LIMIT", DEADLINE)
     many(made(file, "the first needle"), 1_000_000)
     with run_chat(history=str(file)) as room:
         bob = Peer(room.port).join("bob")
