@@ -2601,7 +2601,7 @@ def _interrupt_main(screen: Screen) -> None:
 def complain(text: str) -> None:
     """Say something on standard error, if anybody listens there."""
     try:
-        print(f"client.py: {text}", file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
     except OSError:  # what is still in the buffer must not be tried again at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
@@ -2635,7 +2635,6 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="client.py",
         description="Join a chat room. On a terminal, /help lists the commands.",
     )
     option = parser.add_argument

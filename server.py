@@ -4776,7 +4776,6 @@ def _server(options: argparse.Namespace) -> ChatServer:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="server.py",
         description="Run a chat room that client.py, nc and telnet can join.",
         epilog="SIGTERM and Ctrl-C end the room in order; SIGHUP takes certificate, passwords and"
         " log file anew.",
@@ -5040,7 +5039,7 @@ def _der(file: str, text: str) -> bytes:
 
 
 def _fail(error: Exception, options: argparse.Namespace) -> int:
-    print(f"server.py: {_explain(error, options)}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {_explain(error, options)}", file=sys.stderr)
     return 1
 
 
