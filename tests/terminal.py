@@ -112,6 +112,11 @@ class Screen:
         return [text_of(row) for row in self._grid]
 
     @property
+    def cells(self) -> list[Row]:
+        """Every cell of the screen with its style, row by row."""
+        return [list(row) for row in self._grid]
+
+    @property
     def cursor(self) -> tuple[int, int]:
         """The cursor's row and column."""
         return self._row, self._column

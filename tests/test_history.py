@@ -404,8 +404,11 @@ def test_search_over_its_limit_tells_what_it_has_found(file: Path) -> None:
 
 
 @pytest.mark.parametrize("durable", [False, True])
-def test_word_that_repeats_itself_is_found_as_fast_as_any(file: Path, durable: bool) -> None:
+def test_word_that_repeats_itself_is_found_as_fast_as_any(
+    file: Path, durable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lines of one letter, and a word on which a naive search goes over each of them 500 times."""
+    monkeypatch.setattr("server.SEARCH_LIMIT", DEADLINE)
     word = "a" * 499 + "b"
     if durable:
         many(made(file), 60_000, "a" * 1000)

@@ -945,6 +945,7 @@ with server.ChatServer(port=0):
 
 WITHOUT_DRIVER = """
 import sys
+sys.argv[0] = "server.py"
 sys.path.insert(0, {folder!r})
 sys.modules["psycopg"] = None
 import server
