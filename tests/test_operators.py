@@ -1050,6 +1050,7 @@ def test_ban_covers_the_network_of_a_real_connection(
         alice.send("/ban bob")
         for peer in bob, carol:
             assert "-> you were kicked by alice: banned for good" in peer.rest()
+        wait_until(lambda: len(room.clients) == 1, "the places of the address to be free")
         told = connect(second).introduce("dave").rest()
         assert told == ["-> you are banned by alice for good"]
         connect(other).join("erin")
