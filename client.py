@@ -50,7 +50,7 @@ import unicodedata
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 try:
@@ -93,6 +93,14 @@ MAX_TEXT = protocol.MAX_LINE - protocol.MAX_NAME - 2  # bytes, so that any name 
 SEND_AHEAD = 16 * 1024  # bytes given to the socket at once
 # By which `receive` tells the main thread that it is over; SIGTERM may be ignored.
 ENDED = getattr(signal, "SIGUSR2", signal.SIGTERM)
+# Left by an exception, these would keep their lock for ever: others would wait for it.
+UNLEAVABLE = {
+    function.__code__
+    for function in (
+        *(threading.Event.set, threading.Event.clear),
+        *(threading.Condition.__enter__, threading.Condition.__exit__),
+    )
+}
 # By which the main thread is told to look up, whatever it waits for.
 KNOCK = getattr(signal, "SIGUSR1", signal.SIGTERM)
 EXITS = ("exit", "quit", ":q")  # how other programs are left
@@ -1504,6 +1512,13 @@ class Leave(KeyboardInterrupt):
     """A signal, or the end of the conversation, tells the main thread to leave."""
 
 
+def _is_inside(frame: FrameType | None, codes: set[CodeType]) -> bool:
+    """Tell whether a frame is one of these functions', or called by them."""
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame is not None
+
+
 class Screen(abc.ABC):
     """Where the user types and reads: a pipe or one of three kinds of terminal.
 
@@ -1534,8 +1549,8 @@ class Screen(abc.ABC):
         """Return the answer to a question, not shown while it is typed if it is secret."""
 
     def can_leave(self, frame: FrameType | None) -> bool:
-        """Tell whether an exception raised over this frame gets through to `read`."""
-        return True
+        """Tell whether an exception raised over this frame gets through to `read`, unharmed."""
+        return not _is_inside(frame, UNLEAVABLE)
 
     def leave(self) -> None:
         """Make `read` raise `Leave`; called by a signal's handler, in the main thread."""
@@ -1852,14 +1867,10 @@ class ReadlineTerminal(Terminal):
 
     def can_leave(self, frame: FrameType | None) -> bool:
         """Tell whether no function that readline called runs: from there no exception gets out."""
-        ours = self._library.commands() if self._library else []
+        ours = [self._library.echo, *self._library.commands()] if self._library else []
         called = {self._on_prompt, self._complete, self._on_start, *ours}
         codes = {function.__func__.__code__ for function in called}  # type: ignore[attr-defined]
-        while frame is not None:
-            if frame.f_code in codes:
-                return False
-            frame = frame.f_back
-        return True
+        return super().can_leave(frame) and not _is_inside(frame, codes)
 
     def leave(self) -> None:
         """Make `read` raise `Leave`."""

@@ -171,6 +171,31 @@ sys.exit(client.main())
 """
 
 
+# A client that Ctrl-C comes to at the very moment when it takes the lock by which those
+# who show lines wait for each other.
+INTERRUPTED_INSIDE = f"""
+import os, signal, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+import client
+class Lock:
+    def __init__(self, lock):
+        self.acquire, self.release, self.times = lock.acquire, lock.release, 0
+    def __enter__(self):
+        self.acquire()
+        if threading.current_thread() is threading.main_thread():
+            self.times += 1
+            if self.times == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+    def __exit__(self, *_):
+        self.release()
+def init(self, *arguments, init=client.ReadlineTerminal.__init__):
+    init(self, *arguments)
+    self._shown._cond._lock = Lock(self._shown._cond._lock)
+client.ReadlineTerminal.__init__ = init
+sys.exit(client.main())
+"""
+
+
 @contextmanager
 def altered(script: str, server: ChatServer) -> Iterator[Terminal]:
     """Open a client with readline that a script alters before it starts."""
@@ -200,6 +225,16 @@ def test_ctrl_c_that_readline_did_not_wait_for(server: ChatServer, bob: Peer) ->
         terminal.wait_for(prompts("half a line"))
         terminal.type(f"\x1b{int(signal.SIGINT)}\x14")
         terminal.wait_for(prompts(""))
+
+
+def test_ctrl_c_while_a_lock_is_taken(server: ChatServer, bob: Peer) -> None:
+    """Ctrl-C at the worst moment leaves what comes after it to be shown."""
+    with altered(INTERRUPTED_INSIDE, server) as terminal:
+        bob.expect_eventually("* alice joined the chat")
+        for number in range(5):
+            bob.send(f"line {number}")
+            terminal.wait_for(f"bob: line {number}")
+        terminal.wait_for("-- Ctrl-C again, Ctrl-D or /quit leaves --")
 
 
 def test_typed_before_the_prompt(server: ChatServer, bob: Peer) -> None:
