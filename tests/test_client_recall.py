@@ -40,6 +40,7 @@ def bob(server: ChatServer) -> Peer:
 
 def leave(terminal: Terminal, bob: Peer) -> None:
     """Leave, and wait until the room knows."""
+    terminal.wait_for(prompts(""))  # between two prompts, Ctrl-D is nobody's
     terminal.type(CTRL_D)
     bob.expect_eventually("* alice left the chat")
 
