@@ -21,6 +21,7 @@ from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
 
 import client
 from client import ChatClient
+from server import Database, HistoryError, prepare
 
 KEY = "0123456789abcdef"
 SHORT = {"ALIVE": 2.0, "EMPTY_ROUND": 0.5}  # so that a test need not wait for ten seconds
@@ -596,6 +597,23 @@ def test_what_cannot_be_the_history_is_refused_in_one_line(
     secret = refused("postgresql://chat:hunter2@127.0.0.1/chat")
     assert secret.startswith("server.py: leave the password out of --history")
     assert "hunter2" not in secret
+
+
+@pytest.mark.parametrize(
+    ("what", "pretended", "said"),
+    [
+        ("version", 140_012, "is older than PostgreSQL 15; use a newer one"),
+        ("process", "1", "is a pooler; name PostgreSQL's own address"),
+    ],
+)
+def test_what_is_no_postgresql_to_work_with_is_refused(
+    database: str, monkeypatch: pytest.MonkeyPatch, what: str, pretended: object, said: str
+) -> None:
+    """An old PostgreSQL, and one whose connections are others' too, are told from a fit one."""
+    monkeypatch.setattr(Database, what, property(lambda _: pretended))
+    with pytest.raises(HistoryError) as refused:
+        prepare(Database(database), "ascii")
+    assert str(refused.value).endswith(said)
 
 
 def test_a_wrong_password_is_refused_in_one_line(
