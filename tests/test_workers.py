@@ -26,6 +26,8 @@ def start(folder: Path, tests: str, *options: str) -> subprocess.Popen[str]:
     (folder / "test_it.py").write_text(tests)
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--workers", "2"]
+    # Of its own: others clean up in the folder that all have, and warn of each other.
+    command.append(f"--basetemp={folder / 'temporary'}")
     return subprocess.Popen(
         [*command, *options],
         cwd=folder,
