@@ -1305,9 +1305,18 @@ class Ignored:
         """Tell whether an item is not for the one called `me`, whose own lines always are."""
         if isinstance(item, Notice) or item.kind not in (Kind.SAID, Kind.DID, Kind.PRIVATE):
             return False
-        name = protocol.fold(item.name)
+        return item.name in self and protocol.fold(item.name) != protocol.fold(me)
+
+    def check_reply(self, text: str, writers: list[str]) -> None:
+        """Raise `Refusal` for a ``/reply`` that would go to somebody whose line was hidden."""
+        verb = (protocol.command(text.replace("\t", " ")) or ("",))[0]
+        if protocol.ALIASES.get(verb, verb) == "reply" and writers and writers[0] in self:
+            why = f"{writers[0]}, whom you ignore, wrote to you last"
+            raise Refusal(f"{why}; write /msg NAME TEXT to who is meant")
+
+    def __contains__(self, name: str) -> bool:
         with self._lock:
-            return name in self._names and name != protocol.fold(me)
+            return protocol.fold(name) in self._names
 
     def _list(self) -> str:
         with self._lock:
@@ -2544,7 +2553,7 @@ def write(chat: ChatClient, screen: Screen, view: View) -> int:
             if request := own_command(line.replace("\t", " ")):
                 refused += not _do(screen, view.ignored, *request)
             else:
-                refused += not _say(chat, screen, line)
+                refused += not _say(chat, screen, view.ignored, line)
 
 
 def _do(screen: Screen, ignored: Ignored, verb: str, argument: str) -> bool:
@@ -2565,9 +2574,10 @@ def _warn_of_rest(screen: Screen) -> bool:
     return False
 
 
-def _say(chat: ChatClient, screen: Screen, line: str) -> bool:
+def _say(chat: ChatClient, screen: Screen, ignored: Ignored, line: str) -> bool:
     """Send a line; return False, and have it mended, if the room cannot carry it."""
     try:
+        ignored.check_reply(line, chat.place.writers)
         if screen.interactive:
             if line[:1].isspace() and own_command(line.strip()):
                 raise Refusal(protocol.SLIP)
