@@ -2976,7 +2976,7 @@ def _settings(file: str, *, must_be: bool) -> dict[str, Any]:
 
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number, or a nesting, beyond reason
         why = f"{file} is not TOML: {error}"
         raise Refusal(f'{why}; write lines such as name = "alice"') from None
 
@@ -2994,6 +2994,8 @@ def _option(file: str, name: str, value: Any) -> str:
         raise Refusal(f"{file}: {name} must be {IN_WORDS[SETTINGS[name]]}; it is {value!r}")
     if isinstance(value, bool):
         return f"--{name}" if value else ""
+    if isinstance(value, str) and not value.isprintable():
+        raise Refusal(f"{file}: {name} has a character that cannot be seen; write it without")
     if name in ("tls-ca", "password-file") and value:
         value = os.path.join(os.path.dirname(file), os.path.expanduser(str(value)))
     option = f"--{name}={value}"

@@ -128,6 +128,8 @@ def test_help_says_where(file: Path) -> None:
         ('name = "a b"', "name: a name is one word of at most 24 letters"),
         ('format = "latin-1"', "format: invalid choice: 'latin-1' (choose from"),
         ('host = ""', "host: '' names no host; give"),
+        ('host = "a\\nb"', "host has a character that cannot be seen; write it without"),
+        ('tls-ca = "a\\u0000"', "tls-ca has a character that cannot be seen; write it without"),
         (
             'tls-fingerprint = "AB"',
             "tls-fingerprint: 'AB' is not a fingerprint of 64 hex digits; the server logs",
@@ -151,6 +153,11 @@ def test_unreadable_settings_are_told_in_one_line(file: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"{file} is not TOML: " in done.stderr
     assert 'write lines such as name = "alice"' in done.stderr
+    for absurd in ("port = " + "9" * 5000, "port = " + "[" * 5000):
+        file.write_text(absurd)
+        done = run(file)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"{file} is not TOML: " in done.stderr
     file.write_bytes(b'name = "\xff"')
     assert run(file).stderr == f"client.py: {file} is not UTF-8; save it as that\n"
     file.unlink()
