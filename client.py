@@ -2758,7 +2758,7 @@ def _join(chat: ChatClient, screen: Screen) -> None:
 def _screen(options: argparse.Namespace) -> Screen:
     """Return the best screen for where standard input and output lead."""
     look = Look(timestamps=options.timestamps)
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not _has_terminal():
         return Pipe(look, options.format, verbatim=options.verbatim)
     look.bell = not options.no_bell
     term = os.environ.get("TERM", "")
@@ -2770,6 +2770,11 @@ def _screen(options: argparse.Namespace) -> Screen:
     with contextlib.suppress(ImportError):
         return ToolkitTerminal(look, has_status=not options.no_status)
     return ReadlineTerminal(look)
+
+
+def _has_terminal() -> bool:
+    """Tell whether somebody types and reads here, and no program does."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def _widen_locale() -> None:
@@ -2917,6 +2922,9 @@ SETTINGS: dict[str, type] = {
     **dict.fromkeys(("tls", "timestamps", "no-color", "no-bell", "no-status", "recall"), bool),
     "port": int,
 }
+# What a pipe takes from no settings but those that its own command names: a first line that
+# was the name would be said to everyone, and what reads the lines would find times in them.
+CHANGE_LINES = ("name", "timestamps")
 IN_WORDS = {str: "a text in quotes", bool: "true or false", int: "a whole number"}
 
 
@@ -2954,8 +2962,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     if not file:
         return options
     given = _settings(file, must_be=options.settings is not None)
-    found = [_option(file, name, value) for name, value in given.items()]
-    return parser.parse_args([*filter(None, found), *arguments])
+    found = {name: _option(file, name, value) for name, value in given.items()}
+    if options.settings is None and not _has_terminal():
+        for name in CHANGE_LINES:
+            found.pop(name, None)
+    return parser.parse_args([*filter(None, found.values()), *arguments])
 
 
 def _settings(file: str, *, must_be: bool) -> dict[str, Any]:
@@ -3037,8 +3048,10 @@ def _parser(*, exit_on_error: bool = True) -> argparse.ArgumentParser:
     option(
         "--settings",
         metavar="FILE",
-        help="where these options may stand, as name = value; options given here win;"
-        f" an empty name for none (default: {settings_file().replace('%', '%%')})",
+        help="where options may stand, as name = value, all but --give-up, --listen and --verbatim;"
+        " those given here win; an empty name for none; a pipe takes no name and no timestamps"
+        " from it unless it is named here"
+        f" (default: {settings_file().replace('%', '%%')})",
     )
     _add_where(parser.add_argument_group("where"))
     _add_who(parser.add_argument_group("who"))
