@@ -2686,6 +2686,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     except BaseException:
         chat.close()
         raise
+    view.unattended.end()  # who was asked for a name may have been away before that
     chat.start()
     refused = 0
     try:
