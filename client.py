@@ -587,6 +587,7 @@ class Entrance:
         self.password = password
         self.tls = tls
         self.fingerprint = fingerprint  # the certificate's, when no authority vouches for it
+        self._last = 0  # where we last were, or hoped to be
 
     def __str__(self) -> str:
         host, port = self.servers[self.turn]
@@ -596,6 +597,11 @@ class Entrance:
         """Go to the next server; say whether that is the first again."""
         self.turn = (self.turn + 1) % len(self.servers)
         return self.turn == 0
+
+    def has_moved(self) -> bool:
+        """Tell, once, whether the room is entered elsewhere than before."""
+        moved, self._last = self.turn != self._last, self.turn
+        return moved
 
     def dial(self, waker: Waker, leaving: threading.Event) -> Connection:
         """Connect to the server and, where it is wanted, make sure that it is the right one.
@@ -1033,8 +1039,9 @@ class ChatClient:
                     self._tell_once(absence, f"{refused} with /nick")
             except Refused as refused:
                 self._tell_once(absence, str(refused))
-            except OSError:
-                pass  # as long as it takes
+            except OSError:  # again, as long as it takes
+                if not absence.told and time.monotonic() - absence.since > PATIENCE:
+                    self._tell_once(absence, f"not back yet; a try every {RETRY_MAX:.0f} s or less")
 
     def _tell_once(self, absence: Absence, reason: str) -> None:
         if reason != absence.told:
@@ -1058,6 +1065,8 @@ class ChatClient:
             session.say(protocol.encode("/names"))
             if self._absence is None or self._absence.first:
                 self._show(line)
+            if self.entrance.has_moved():
+                self._show(Notice(f"now at {self.entrance}"))
         else:
             _raise_if_final(line)
             session.reason = line.text
@@ -1173,7 +1182,9 @@ class ChatClient:
         self._show_held(absence)
         for item in self.outgoing.resume(unbroken=absence.unbroken):
             if not (item.verb == "nick" and _new_name(item.text) == self.name):
-                self._show(Notice(f"no answer came to: {discreet(item.text)}"))
+                self._show(
+                    Notice(f"no answer came, give it again if need be: {discreet(item.text)}")
+                )
         self._give_up_receipts()
 
     def _show_held(self, absence: Absence | None) -> None:
@@ -1200,7 +1211,8 @@ class ChatClient:
         """Say which lines may or may not have been seen: their receipts are not to be had."""
         for item in self.outgoing.give_up():
             self.failed += 1
-            self._show(Notice(f"cannot know whether this was seen, not sent again: {item.text}"))
+            why = "cannot know whether this was seen, /history may tell; not sent again"
+            self._show(Notice(f"{why}: {item.text}"))
 
     # What is shown.
 

@@ -97,9 +97,12 @@ def test_next_server_when_one_is_lost() -> None:
             bob.expect("* alice joined the chat")
             chat.send("hello")
             bob.expect("alice: hello")
+            shown.wait_for("back after")
         finally:
             chat.leave()
         close_peers()
+        assert shown.notices.count(f"now at {HOST}:{second.port}") == 1
+        assert f"now at {HOST}:{proxy.port}" not in shown.notices
 
 
 def scripted(*lines: bytes, answers: bool = True) -> Talk:
