@@ -245,8 +245,17 @@ def test_long_absence_is_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who sees no status line is told, once, that a lost server is still tried."""
     monkeypatch.setattr(client, "PATIENCE", 0.0)
     with talking() as (_, proxy, _, chat, shown):
+        tries: list[None] = []
+        connect = chat.connect
+
+        def count() -> None:
+            tries.append(None)
+            connect()
+
+        monkeypatch.setattr(chat, "connect", count)
         proxy.go_away()
         shown.wait_for("not back yet; a try every 0 s or less")
+        wait_until(lambda: len(tries) > 5)
         proxy.come_back()
         shown.wait_for("back after")
         wait_until(lambda: chat.settled)
