@@ -337,6 +337,7 @@ def test_answer_to_nick_is_lost() -> None:
     with run_chat() as server, Proxy(server.port) as proxy, chatting(proxy.port) as (chat, shown):
         bob = Peer(server.port).join("bob")
         wait_until(lambda: chat.settled)
+        shown.wait_for("* bob joined the chat")  # lost, it would end the connection too early
         lose_what_comes(proxy)
         chat.send("/nick rob")
         bob.expect("* alice is now rob")
