@@ -587,6 +587,7 @@ class Entrance:
         self.password = password
         self.tls = tls
         self.fingerprint = fingerprint  # the certificate's, when no authority vouches for it
+        self._last = 0  # where we last were, or hoped to be
 
     def __str__(self) -> str:
         host, port = self.servers[self.turn]
@@ -596,6 +597,11 @@ class Entrance:
         """Go to the next server; say whether that is the first again."""
         self.turn = (self.turn + 1) % len(self.servers)
         return self.turn == 0
+
+    def has_moved(self) -> bool:
+        """Tell, once, whether the room is entered elsewhere than before."""
+        moved, self._last = self.turn != self._last, self.turn
+        return moved
 
     def dial(self, waker: Waker, leaving: threading.Event) -> Connection:
         """Connect to the server and, where it is wanted, make sure that it is the right one.
@@ -1033,8 +1039,9 @@ class ChatClient:
                     self._tell_once(absence, f"{refused} with /nick")
             except Refused as refused:
                 self._tell_once(absence, str(refused))
-            except OSError:
-                pass  # as long as it takes
+            except OSError:  # again, as long as it takes
+                if not absence.told and time.monotonic() - absence.since > PATIENCE:
+                    self._tell_once(absence, f"not back yet; a try every {RETRY_MAX:.0f} s or less")
 
     def _tell_once(self, absence: Absence, reason: str) -> None:
         if reason != absence.told:
@@ -1058,6 +1065,8 @@ class ChatClient:
             session.say(protocol.encode("/names"))
             if self._absence is None or self._absence.first:
                 self._show(line)
+            if self.entrance.has_moved():
+                self._show(Notice(f"now at {self.entrance}"))
         else:
             _raise_if_final(line)
             session.reason = line.text
@@ -1173,7 +1182,9 @@ class ChatClient:
         self._show_held(absence)
         for item in self.outgoing.resume(unbroken=absence.unbroken):
             if not (item.verb == "nick" and _new_name(item.text) == self.name):
-                self._show(Notice(f"no answer came to: {discreet(item.text)}"))
+                self._show(
+                    Notice(f"no answer came, give it again if need be: {discreet(item.text)}")
+                )
         self._give_up_receipts()
 
     def _show_held(self, absence: Absence | None) -> None:
@@ -1200,7 +1211,8 @@ class ChatClient:
         """Say which lines may or may not have been seen: their receipts are not to be had."""
         for item in self.outgoing.give_up():
             self.failed += 1
-            self._show(Notice(f"cannot know whether this was seen, not sent again: {item.text}"))
+            why = "cannot know whether this was seen, /history may tell; not sent again"
+            self._show(Notice(f"{why}: {item.text}"))
 
     # What is shown.
 
@@ -1305,9 +1317,18 @@ class Ignored:
         """Tell whether an item is not for the one called `me`, whose own lines always are."""
         if isinstance(item, Notice) or item.kind not in (Kind.SAID, Kind.DID, Kind.PRIVATE):
             return False
-        name = protocol.fold(item.name)
+        return item.name in self and protocol.fold(item.name) != protocol.fold(me)
+
+    def check_reply(self, text: str, writers: list[str]) -> None:
+        """Raise `Refusal` for a ``/reply`` that would go to somebody whose line was hidden."""
+        verb = (protocol.command(text.replace("\t", " ")) or ("",))[0]
+        if protocol.ALIASES.get(verb, verb) == "reply" and writers and writers[0] in self:
+            why = f"{writers[0]}, whom you ignore, wrote to you last"
+            raise Refusal(f"{why}; write /msg NAME TEXT to who is meant")
+
+    def __contains__(self, name: str) -> bool:
         with self._lock:
-            return name in self._names and name != protocol.fold(me)
+            return protocol.fold(name) in self._names
 
     def _list(self) -> str:
         with self._lock:
@@ -2544,7 +2565,7 @@ def write(chat: ChatClient, screen: Screen, view: View) -> int:
             if request := own_command(line.replace("\t", " ")):
                 refused += not _do(screen, view.ignored, *request)
             else:
-                refused += not _say(chat, screen, line)
+                refused += not _say(chat, screen, view.ignored, line)
 
 
 def _do(screen: Screen, ignored: Ignored, verb: str, argument: str) -> bool:
@@ -2565,9 +2586,10 @@ def _warn_of_rest(screen: Screen) -> bool:
     return False
 
 
-def _say(chat: ChatClient, screen: Screen, line: str) -> bool:
+def _say(chat: ChatClient, screen: Screen, ignored: Ignored, line: str) -> bool:
     """Send a line; return False, and have it mended, if the room cannot carry it."""
     try:
+        ignored.check_reply(line, chat.place.writers)
         if screen.interactive:
             if line[:1].isspace() and own_command(line.strip()):
                 raise Refusal(protocol.SLIP)
@@ -2676,6 +2698,7 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     except BaseException:
         chat.close()
         raise
+    view.unattended.end()  # who was asked for a name may have been away before that
     chat.start()
     refused = 0
     try:
@@ -2748,7 +2771,7 @@ def _join(chat: ChatClient, screen: Screen) -> None:
 def _screen(options: argparse.Namespace) -> Screen:
     """Return the best screen for where standard input and output lead."""
     look = Look(timestamps=options.timestamps)
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not _has_terminal():
         return Pipe(look, options.format, verbatim=options.verbatim)
     look.bell = not options.no_bell
     term = os.environ.get("TERM", "")
@@ -2760,6 +2783,11 @@ def _screen(options: argparse.Namespace) -> Screen:
     with contextlib.suppress(ImportError):
         return ToolkitTerminal(look, has_status=not options.no_status)
     return ReadlineTerminal(look)
+
+
+def _has_terminal() -> bool:
+    """Tell whether somebody types and reads here, and no program does."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def _widen_locale() -> None:
@@ -2907,6 +2935,9 @@ SETTINGS: dict[str, type] = {
     **dict.fromkeys(("tls", "timestamps", "no-color", "no-bell", "no-status", "recall"), bool),
     "port": int,
 }
+# What a pipe takes from no settings but those that its own command names: a first line that
+# was the name would be said to everyone, and what reads the lines would find times in them.
+CHANGE_LINES = ("name", "timestamps")
 IN_WORDS = {str: "a text in quotes", bool: "true or false", int: "a whole number"}
 
 
@@ -2944,8 +2975,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     if not file:
         return options
     given = _settings(file, must_be=options.settings is not None)
-    found = [_option(file, name, value) for name, value in given.items()]
-    return parser.parse_args([*filter(None, found), *arguments])
+    found = {name: _option(file, name, value) for name, value in given.items()}
+    if options.settings is None and not _has_terminal():
+        for name in CHANGE_LINES:
+            found.pop(name, None)
+    return parser.parse_args([*filter(None, found.values()), *arguments])
 
 
 def _settings(file: str, *, must_be: bool) -> dict[str, Any]:
@@ -2966,7 +3000,7 @@ def _settings(file: str, *, must_be: bool) -> dict[str, Any]:
 
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number, or a nesting, beyond reason
         why = f"{file} is not TOML: {error}"
         raise Refusal(f'{why}; write lines such as name = "alice"') from None
 
@@ -2984,6 +3018,8 @@ def _option(file: str, name: str, value: Any) -> str:
         raise Refusal(f"{file}: {name} must be {IN_WORDS[SETTINGS[name]]}; it is {value!r}")
     if isinstance(value, bool):
         return f"--{name}" if value else ""
+    if isinstance(value, str) and not value.isprintable():
+        raise Refusal(f"{file}: {name} has a character that cannot be seen; write it without")
     if name in ("tls-ca", "password-file") and value:
         value = os.path.join(os.path.dirname(file), os.path.expanduser(str(value)))
     option = f"--{name}={value}"
@@ -3025,8 +3061,10 @@ def _parser(*, exit_on_error: bool = True) -> argparse.ArgumentParser:
     option(
         "--settings",
         metavar="FILE",
-        help="where these options may stand, as name = value; options given here win;"
-        f" an empty name for none (default: {settings_file().replace('%', '%%')})",
+        help="where options may stand, as name = value, all but --give-up, --listen and --verbatim;"
+        " those given here win; an empty name for none; a pipe takes no name and no timestamps"
+        " from it unless it is named here"
+        f" (default: {settings_file().replace('%', '%%')})",
     )
     _add_where(parser.add_argument_group("where"))
     _add_who(parser.add_argument_group("who"))

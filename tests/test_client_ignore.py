@@ -84,6 +84,32 @@ def test_slip_is_not_said_to_everyone(server: ChatServer) -> None:
         bob.expect_nothing()
 
 
+@pytest.mark.parametrize("reply", ["/r", "/REPLY"])
+def test_reply_is_not_for_somebody_unseen(reply: str, server: ChatServer) -> None:
+    """What is meant for who is seen to have written last does not go to who is hidden."""
+    bob, carol = Peer(server.port).join("bob"), Peer(server.port).join("carol")
+    with opener("readline")(server.port, columns=100, rows=24) as terminal:
+        enter(terminal, carol)
+        carol.send("/msg alice the code?")
+        terminal.wait_for("[from carol] the code?")
+        terminal.type("/ignore bob\r")
+        terminal.wait_for("what bob says is not shown")
+        bob.expect_eventually("* alice joined the chat")
+        bob.send("/msg alice spam")
+        bob.expect("-> to alice: spam")
+        carol.send("well?")
+        terminal.wait_for("carol: well?")
+        terminal.type(f"{reply} 42\r")
+        terminal.wait_for("-- not sent: bob, whom you ignore, wrote to you last; write /msg NAME")
+        terminal.wait_for(prompts(f"{reply} 42", 100))
+        bob.expect("carol: well?")
+        bob.expect_nothing()
+        carol.send("/msg alice here")
+        terminal.wait_for("[from carol] here")
+        terminal.type("\r")
+        carol.expect_eventually("[from alice] 42")
+
+
 # --- In a pipe --------------------------------------------------------------------
 
 

@@ -70,6 +70,7 @@ def test_nothing_is_kept_unasked(kind: str, server: ChatServer, bob: Peer, tmp_p
         enter(terminal, bob)
         terminal.type("first\r")
         bob.expect("alice: first")
+        terminal.wait_for("alice: first")  # not the prompt from before it
         leave(terminal, bob)
     assert list(tmp_path.iterdir()) == []
 

@@ -235,10 +235,31 @@ def test_command_without_answer_is_shown_not_repeated() -> None:
         chat.send("/msg bob psst")
         bob.expect("[from alice] psst")
         proxy.end(GHOST)
-        shown.wait_for("no answer came to: /msg bob psst")
+        shown.wait_for("no answer came, give it again if need be: /msg bob psst")
         chat.send("and on")
         bob.expect("alice: and on")
         flush(chat)
+
+
+def test_long_absence_is_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sees no status line is told, once, that a lost server is still tried."""
+    monkeypatch.setattr(client, "PATIENCE", 0.0)
+    with talking() as (_, proxy, _, chat, shown):
+        tries: list[None] = []
+        connect = chat.connect
+
+        def count() -> None:
+            tries.append(None)
+            connect()
+
+        monkeypatch.setattr(chat, "connect", count)
+        proxy.go_away()
+        shown.wait_for("not back yet; a try every 0 s or less")
+        wait_until(lambda: len(tries) > 5)
+        proxy.come_back()
+        shown.wait_for("back after")
+        wait_until(lambda: chat.settled)
+        assert len([notice for notice in shown.notices if "not back yet" in notice]) == 1
 
 
 def test_restarted_server_without_memory() -> None:
@@ -255,8 +276,10 @@ def test_restarted_server_without_memory() -> None:
         shown.wait_for("connection lost")
         chat.send("typed while away")
         proxy.come_back()
-        shown.wait_for("cannot know whether this was seen, not sent again: heard")
-        shown.wait_for("cannot know whether this was seen, not sent again: lost")
+        shown.wait_for(
+            "cannot know whether this was seen, /history may tell; not sent again: heard"
+        )
+        shown.wait_for("cannot know whether this was seen, /history may tell; not sent again: lost")
         flush(chat)
         bob = Peer(reborn.port).join("bob")
         chat.send("end")
@@ -279,7 +302,9 @@ def test_restarted_server_and_another_loss() -> None:
             proxy.server = reborn.port
             proxy.plan(Fault(DOWN, offset, CLOSE))
             proxy.end(CLOSE)
-            shown.wait_for("cannot know whether this was seen, not sent again: heard")
+            shown.wait_for(
+                "cannot know whether this was seen, /history may tell; not sent again: heard"
+            )
             chat.send("end")
             shown.wait_for("alice: end")
             assert "alice: heard" not in shown.room
@@ -296,7 +321,9 @@ def test_more_was_missed_than_the_room_keeps() -> None:
         bob.send(*(f"news {number}" for number in range(10)))
         bob.lines_until("bob: news 9")
         proxy.come_back()
-        shown.wait_for("cannot know whether this was seen, not sent again: heard")
+        shown.wait_for(
+            "cannot know whether this was seen, /history may tell; not sent again: heard"
+        )
         chat.send("end")
         bob.expect("alice: end")
         shown.wait_for("alice: end")
@@ -327,7 +354,10 @@ def test_new_name_cut_at_every_byte(direction: Direction, how: How) -> None:
                 bob.send("over")
                 heard = room_lines(bob.lines_until("bob: over"))
                 shown.wait_for("bob: over")
-                assert "rob" in chat.name or "no answer came to: /nick rob" in shown.notices
+                assert (
+                    "rob" in chat.name
+                    or "no answer came, give it again if need be: /nick rob" in shown.notices
+                )
                 assert chat.failed == 0
             bob.close()
         assert shown.room[: len(heard) + 1] == ["* bob joined the chat", *heard]

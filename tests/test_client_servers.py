@@ -97,9 +97,12 @@ def test_next_server_when_one_is_lost() -> None:
             bob.expect("* alice joined the chat")
             chat.send("hello")
             bob.expect("alice: hello")
+            shown.wait_for("back after")
         finally:
             chat.leave()
         close_peers()
+        assert shown.notices.count(f"now at {HOST}:{second.port}") == 1
+        assert f"now at {HOST}:{proxy.port}" not in shown.notices
 
 
 def scripted(*lines: bytes, answers: bool = True) -> Talk:
@@ -334,6 +337,7 @@ def test_answer_to_nick_is_lost() -> None:
     with run_chat() as server, Proxy(server.port) as proxy, chatting(proxy.port) as (chat, shown):
         bob = Peer(server.port).join("bob")
         wait_until(lambda: chat.settled)
+        shown.wait_for("* bob joined the chat")  # lost, it would end the connection too early
         lose_what_comes(proxy)
         chat.send("/nick rob")
         bob.expect("* alice is now rob")

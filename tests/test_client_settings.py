@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,31 +50,57 @@ def run(file: Path, *options: str, text: str = "hello\n") -> subprocess.Complete
 
 
 def test_settings_are_options_that_stay(file: Path) -> None:
-    """Host, port and name come from the file, and options win over it."""
+    """Host and port come from the file, and options win over it."""
     with run_chat() as server:
-        file.write_text(f'name = "alice"\nhost = "127.0.0.1"\nport = {server.port}\n')
-        done = run(file)
+        file.write_text(f'host = "127.0.0.1"\nport = {server.port}\n')
+        done = run(file, *ALICE)
         assert (done.returncode, done.stderr) == (0, "")
         assert "alice: hello" in done.stdout.splitlines()
-        assert "carol: hello" in run(file, "--name", "carol").stdout.splitlines()
+        assert run(file, *ALICE, "--port", "1").returncode == 1
+
+
+def test_name_stays_on_a_terminal(file: Path) -> None:
+    """Who has a name in the settings is not asked for one, and another on the command line wins."""
+    file.write_text('name = "alice"\n')
+    place = str(file.parent.parent)
+    with run_chat() as server:
+        bob = Peer(server.port).join("bob")
+        for options, name in ((("--no-bell",), "alice"), (("--name", "carol"), "carol")):
+            with opener("readline")(server.port, *options, XDG_CONFIG_HOME=place) as terminal:
+                bob.expect_eventually(f"* {name} joined the chat")
+                terminal.wait_for(f"* {name} joined the chat")
+
+
+def test_settings_change_no_line_of_a_pipe(file: Path) -> None:
+    """The first line of a pipe is its name and no line has a time, whatever its user has set."""
+    with run_chat() as server:
+        file.write_text(f'name = "alice"\ntimestamps = true\nport = {server.port}\n')
+        done = run(file, text="build\nhello\n")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "build: hello" in done.stdout.splitlines()
+        assert "build: build" not in done.stdout
+        done = run(file, "--settings", str(file))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.search(r"^\d\d:\d\d alice: hello$", done.stdout, re.MULTILINE)
 
 
 def test_options_win_over_switches(file: Path) -> None:
     """What the settings switch on, the command line can switch off."""
     with run_chat() as server:
-        file.write_text(f'name = "alice"\nport = {server.port}\ntls = true\ntimestamps = true\n')
-        done = run(file, "--no-tls", "--no-timestamps")
+        file.write_text(f"port = {server.port}\ntls = true\ntimestamps = true\n")
+        named = (*ALICE, "--settings", str(file))
+        done = run(file, *named, "--no-tls", "--no-timestamps")
         assert (done.returncode, done.stderr) == (0, "")
         assert "alice: hello" in done.stdout.splitlines()
-        assert run(file).returncode == 1
+        assert run(file, *ALICE).returncode == 1
 
 
 def test_files_stand_beside_the_settings(file: Path) -> None:
     """A password file that is named without a folder is the one beside the settings."""
     (file.parent / "secret").write_text("tr0ub4dor\n")
     with run_chat(password="tr0ub4dor") as server:
-        file.write_text(f'name = "alice"\nport = {server.port}\npassword-file = "secret"\n')
-        done = run(file)
+        file.write_text(f'port = {server.port}\npassword-file = "secret"\n')
+        done = run(file, *ALICE)
         assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -128,6 +155,8 @@ def test_help_says_where(file: Path) -> None:
         ('name = "a b"', "name: a name is one word of at most 24 letters"),
         ('format = "latin-1"', "format: invalid choice: 'latin-1' (choose from"),
         ('host = ""', "host: '' names no host; give"),
+        ('host = "a\\nb"', "host has a character that cannot be seen; write it without"),
+        ('tls-ca = "a\\u0000"', "tls-ca has a character that cannot be seen; write it without"),
         (
             'tls-fingerprint = "AB"',
             "tls-fingerprint: 'AB' is not a fingerprint of 64 hex digits; the server logs",
@@ -151,6 +180,11 @@ def test_unreadable_settings_are_told_in_one_line(file: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"{file} is not TOML: " in done.stderr
     assert 'write lines such as name = "alice"' in done.stderr
+    for absurd in ("port = " + "9" * 5000, "port = " + "[" * 5000):
+        file.write_text(absurd)
+        done = run(file)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"{file} is not TOML: " in done.stderr
     file.write_bytes(b'name = "\xff"')
     assert run(file).stderr == f"client.py: {file} is not UTF-8; save it as that\n"
     file.unlink()

@@ -22,12 +22,12 @@ def nothing_left() -> Iterator[None]:
         yield
 
 
-def impatient(kind: str, port: int, seconds: float) -> Terminal:
+def impatient(kind: str, port: int, seconds: float, more: str = "") -> Terminal:
     """Open a client of alice's for which so many seconds count as a long time."""
     opener(kind)  # skips the test where there is no such terminal
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import client;"
-        f" client.UNATTENDED = {seconds}; sys.exit(client.main())"
+        f" client.UNATTENDED = {seconds}{more}; sys.exit(client.main())"
     )
     bare = ["-S"] if kind == "readline" else []
     command = [sys.executable, *bare, "-c", program, "--port", str(port), "--name", "alice"]
@@ -60,6 +60,25 @@ def test_no_mark_while_somebody_types(kind: str) -> None:
     with run_chat() as server:
         bob = Peer(server.port).join("bob")
         with impatient(kind, server.port, 300.0) as terminal:
+            bob.expect_eventually("* alice joined the chat")
+            bob.send("one")
+            terminal.wait_for("bob: one")
+            assert MARK not in terminal.screen.text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_mark_before_anybody_is_in(kind: str) -> None:
+    """Who takes long to give a name, and then comes, has missed nothing."""
+    late = (
+        "; ask = client._name; skipped = [0.0]; now = client.time.time"
+        "; client.time.time = lambda: now() + skipped[0]"
+        "; client._name = lambda *given: (ask(*given), skipped.__setitem__(0, 400.0))[0]"
+    )
+    with run_chat() as server:
+        bob = Peer(server.port).join("bob")
+        bob.send("before")
+        with impatient(kind, server.port, 300.0, late) as terminal:
+            terminal.wait_for("* alice joined the chat")
             bob.expect_eventually("* alice joined the chat")
             bob.send("one")
             terminal.wait_for("bob: one")
