@@ -1485,6 +1485,7 @@ class Progress(NamedTuple):
     clock: float = 0.0  # the same, or on several machines the log's own: an outage is no time
     number: int = 0  # of the last round of several servers
     servers: Mapping[int, float] = MappingProxyType({})  # their last rounds, the oldest first
+    last: float = 0.0  # the time of that round, which a clock that was set may have gone back to
 
 
 class Room:
@@ -1619,7 +1620,7 @@ class Room:
             "end": self.end, "time": self.time, "clock": self.clock, "mail": mail,
             "bans": [[*ban] for ban in self.bans], "stays": [[*one] for one in self.stays.values()],
             "departed": self.departed, "servers": [[*one] for one in self.servers.items()],
-            "number": self.progress.number,
+            "number": self.progress.number, "last": self.progress.last,
         }  # fmt: skip
 
     def _decoded(self, lines: Iterable[tuple[int, bytes]]) -> list[list[Any]]:
@@ -1630,7 +1631,9 @@ class Room:
         """Return the room of which this is the state."""
         room = cls(state["end"], [Ban(*ban) for ban in state["bans"]], durable=True)
         servers = dict(state["servers"])
-        room.progress = Progress(state["time"], state["clock"], state["number"], servers)
+        room.progress = Progress(
+            state["time"], state["clock"], state["number"], servers, state["last"]
+        )
         room.departed = dict(state["departed"])
         for stay in state["stays"]:
             room._enter(Stay(*stay))
@@ -1788,8 +1791,9 @@ class Room:
 
     def _turned(self, turn: Turn) -> None:
         """Let the log's clock move, and end what it ends before the round counts."""
-        clock = self.clock + min(max(0.0, turn.time - self.time), MAX_STEP)
-        self.progress = Progress(max(self.time, turn.time), clock, turn.number, self.servers)
+        clock = self.clock + min(max(0.0, turn.time - self.progress.last), MAX_STEP)
+        now = max(self.time, turn.time)
+        self.progress = Progress(now, clock, turn.number, self.servers, turn.time)
         over = []
         for name, last in self.servers.items():  # whose last round is the oldest first
             if self.clock - last <= ALIVE:
@@ -3019,7 +3023,7 @@ def open_history(where: str | None, fmt: str) -> History:
     if where is None:
         return History(fmt)
     shared = where.startswith(("postgresql://", "postgres://"))
-    return SharedHistory(where, fmt) if shared else FileHistory(where, fmt)
+    return SharedHistory(where, fmt, RETAINED) if shared else FileHistory(where, fmt)
 
 
 class FileHistory(History):
@@ -3513,6 +3517,8 @@ def is_shared(entry: Entry) -> bool:
 
 def undated(entry: Any) -> Any:
     """Return an entry without a time of this machine's: it will be the log's."""
+    if isinstance(entry, Banned) and entry.until:
+        entry = entry._replace(until=entry.until - entry.time)  # from the time that it will have
     return entry._replace(time=0.0) if hasattr(entry, "time") else entry
 
 
@@ -3542,7 +3548,10 @@ def encode_entries(entries: Iterable[Any]) -> str:
 def decode_entries(text: str) -> list[Any]:
     """Return the entries of a row."""
     entries: list[Any] = []
-    for tag, *fields in _parsed(text):
+    rows = _parsed(text)
+    if not isinstance(rows, list):
+        raise ValueError("not a list")
+    for tag, *fields in rows:
         kind = _SHARED_KINDS[tag]
         if kind is Said:
             fields[1] = fields[1].encode("utf-8").split(b"\n")
@@ -3550,6 +3559,17 @@ def decode_entries(text: str) -> list[Any]:
             fields[1] = Introduction(*fields[1])
         entries.append(kind(*fields))
     return entries
+
+
+def _entries(row: Row) -> list[Any]:
+    """Return the entries of a row; raise `HistoryError` if it cannot be read."""
+    try:
+        return decode_entries(row.entries)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise HistoryError(
+            f"round {row.number} of the history cannot be read; use the version that wrote it,"
+            " or restore the database from a backup"
+        ) from None
 
 
 class Follower:
@@ -3642,17 +3662,18 @@ class Follower:
         """Return what the rows that were not given yet say, in their order."""
         assert self.number is not None
         handed: list[Handed] = []
-        for row in rows:
-            if row.number <= self.number:
-                continue
+        rows = [row for row in rows if row.number > self.number]
+        ours = (self.server, self._batch)
+        # All of them first: what cannot be read must not take a round of ours along.
+        read = [[] if row[2:4] == ours else _entries(row) for row in rows]
+        for row, entries in zip(rows, read, strict=True):
             if row.number != self.number + 1:
                 raise Over  # what is missing was trimmed away
             handed.append(Handed(Turn(row.server, row.time, row.number)))
-            if (row.server, row.batch) == (self.server, self._batch):
+            if row[2:4] == ours:
                 handed += self._under_way or ()
                 self._under_way = None
-            else:
-                handed += map(Handed, decode_entries(row.entries))
+            handed += map(Handed, entries)
             self.number, self._last = row.number, (row.server, row.batch)
         return handed
 
@@ -3680,18 +3701,22 @@ class Database:
         conninfo: Any = psycopg.conninfo
         try:
             options = conninfo.conninfo_to_dict(address)
-        except self._error as error:
-            raise HistoryError(f"--history: {_last_line(str(error))}") from None
-        if options.get("password"):
+            hosts = _hosts(options)
+        except (self._error, ValueError):  # of which nothing is shown: it may be a password
+            raise HistoryError(
+                "--history is not an address; write it as postgresql://HOST,HOST:PORT/DATABASE,"
+                " without a password and with % and its like as %25"
+            ) from None
+        if options.get("password") or options.get("sslpassword"):
             raise HistoryError(
                 "leave the password out of --history, where all can see it on this machine;"
                 " PostgreSQL takes it from a file, PGPASSFILE or ~/.pgpass"
             )
         self._link: Any = None
         self._is_cancelled = False  # the server has warned that a wait for a standby was ended
-        self._hosts = [conninfo.make_conninfo(**host).encode() for host in _hosts(options)]
+        self._hosts = [conninfo.make_conninfo(**host).encode() for host in hosts]
         self._tried = 0  # hosts, ever
-        where = ",".join(str(host.get("host", "localhost")) for host in _hosts(options))
+        where = ",".join(str(host.get("host", "localhost")) for host in hosts)
         self.shown = f"postgresql://{where}/{options.get('dbname', '')}"
 
     @property
@@ -3717,15 +3742,17 @@ class Database:
             link.nonblocking = 1
             link.notice_handler = self._note
         self.execute("SET synchronous_commit = on", seconds=seconds)
+        self.execute("SET client_min_messages = warning", seconds=seconds)  # for `_note`
         self.execute("SET default_transaction_isolation = 'read committed'", seconds=seconds)
 
-    def reach(self, seconds: float) -> None:
+    def reach(self, seconds: float, tick: Callable[[], None] = lambda: None) -> None:
         """Connect to the next host that answers, each tried once; raise `Away`."""
         for left in reversed(range(self.hosts)):
             try:
-                self.connect(seconds)
+                self.connect(seconds, tick)
                 break
             except Away:
+                tick()
                 if not left:
                     raise
 
@@ -3838,7 +3865,10 @@ class Database:
 
 
 def _hosts(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the options for each host of several; they are tried in turn, by us."""
+    """Return the options for each host of several; they are tried in turn, by us.
+
+    Raise `ValueError` for what cannot be.
+    """
     common = {
         "target_session_attrs": "read-write", "client_encoding": "UTF8", "connect_timeout": "5",
         "application_name": "chat",
@@ -3848,6 +3878,8 @@ def _hosts(options: dict[str, Any]) -> list[dict[str, Any]]:
     ports = str(options.get("port", "")).split(",")
     if hosts == [""]:
         return [options]
+    if not all(port.isdecimal() for port in ports if port):
+        raise ValueError("a port is a number")
     ports *= len(hosts) if len(ports) == 1 else 1
     pairs = zip(hosts, ports, strict=True)
     return [{**options, "host": host, "port": port or "5432"} for host, port in pairs]
@@ -3861,6 +3893,7 @@ def _last_line(text: str) -> str:
 MARK = "classic-chat"  # the comment on the tables' schema
 RULES = 1  # the version of the tables, and of what a round does to a room
 OTHER_RULES = "CH001"
+NOT_WHOLE = "{} lacks a part of its tables; restore it from a backup"
 TABLES = """
     CREATE SCHEMA chat;
     COMMENT ON SCHEMA chat IS 'classic-chat';
@@ -3931,13 +3964,19 @@ def prepare(database: Database, fmt: str) -> None:
             _make_tables(database, fmt)
         elif found != [(MARK,)]:
             raise HistoryError(f"{database.shown} has a chat of another program; choose another")
-        [(rules, its_format)] = database.execute("SELECT rules, format FROM chat.room")
+        rooms = database.execute("SELECT rules, format FROM chat.room")
+        if len(rooms) != 1 or not database.execute("SELECT 1 FROM chat.points LIMIT 1"):
+            raise HistoryError(NOT_WHOLE.format(database.shown))
+        [(rules, its_format)] = rooms
+        [(encoding,)] = database.execute("SHOW server_encoding")
         database.execute("COMMIT")
     except Away as error:
         remedy = "see that PostgreSQL runs there and lets this program in"
         raise HistoryError(f"cannot use {database.shown}: {error}; {remedy}") from None
     finally:
         database.close()
+    if encoding != "UTF8" and fmt != "ascii":
+        raise HistoryError(f"{database.shown} is in {encoding}; make one WITH ENCODING 'UTF8'")
     if rules != str(RULES):
         raise HistoryError(f"{database.shown} is used by another version; use that one")
     if its_format != fmt:
@@ -3983,7 +4022,8 @@ class SharedHistory(History):
         self.first = self._oldest = self._kept = 0  # until it begins
         self.time = 0.0  # of what is appended next
         self.busy = 0  # the number of the last round in which anything happened
-        self._pages, self._questions, self._searches = (Reader(address) for _ in range(3))
+        readers = (Reader(address, self._ending) for _ in range(3))
+        self._pages, self._questions, self._searches = readers
         prepare(Database(address), fmt)
 
     @property
@@ -4074,17 +4114,22 @@ class SharedHistory(History):
 class Reader:
     """A connection for questions, kept between them; any thread, under its lock."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, ending: threading.Event) -> None:
         self._database = Database(address)
+        self._ending = ending  # nobody waits any more
         self._lock = threading.Lock()  # guards the connection: one question at a time
 
     def ask(self, statement: str, *values: object) -> list[tuple[str, ...]]:
         """Return the rows that answer a question; raise `NotReadable`."""
         try:
             with self._lock:
-                return _ask(self._database, statement, *values)
+                return _ask(self._database, statement, *values, tick=self._tick)
         except Away as error:
             raise NotReadable(str(error)) from None
+
+    def _tick(self) -> None:
+        if self._ending.is_set():
+            raise Away("the server ends")
 
     def close(self) -> None:
         """Close the connection, when nobody asks."""
@@ -4097,14 +4142,20 @@ def _recalled(row: tuple[str, ...]) -> tuple[int, Recalled]:
     return int(position), Recalled(float(when), str(Line(Kind(kind), name, text)))
 
 
-def _ask(database: Database, statement: str, *values: object) -> list[tuple[str, ...]]:
+def _ask(
+    database: Database,
+    statement: str,
+    *values: object,
+    tick: Callable[[], None] = lambda: None,
+) -> list[tuple[str, ...]]:
     """Ask on a connection that is kept, or on a new one if it broke; raise `Away`."""
     try:
-        return database.execute(statement, *values)
+        return database.execute(statement, *values, tick=tick)
     except Away:
         try:
-            database.reach(CONNECT)
-            return database.execute(statement, *values)
+            tick()
+            database.reach(CONNECT, tick)
+            return database.execute(statement, *values, tick=tick)
         except Away:
             database.close()
             raise
@@ -4534,9 +4585,10 @@ def _rows(found: list[tuple[str, ...]]) -> list[Row]:
 def _read_beginning(database: Database, server: int, count: int, fmt: str) -> Beginning:
     """Read the newest point, what stands behind it and the last lines, all of one moment."""
     database.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-    [(number, text)] = database.execute(
-        "SELECT number, state FROM chat.points ORDER BY number DESC LIMIT 1"
-    )
+    points = database.execute("SELECT number, state FROM chat.points ORDER BY number DESC LIMIT 1")
+    if not points:
+        raise HistoryError(NOT_WHOLE.format(database.shown))
+    [(number, text)] = points
     rows = database.execute(
         f"{READ_ROWS} chat.rounds WHERE number > $1 ORDER BY 1", number, seconds=READ_ALL
     )
@@ -4572,6 +4624,7 @@ class Keeper:
         self._last = self._last_but_one = 0  # the numbers of the points that are known
         self._position = 0  # up to which the last one reaches
         self._known_at = time.monotonic()
+        self._is_failing = False  # that no point can be written was logged
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
@@ -4597,8 +4650,11 @@ class Keeper:
                 continue
             try:
                 self._keep(room)
+                self._is_failing = False
             except Away as error:
-                log.debug("cannot keep a point: %s", error)
+                if not self._is_failing:
+                    log.error("cannot keep what is said for who starts late: %s", error)
+                self._is_failing = True
                 self._database.close()
             except Exception:
                 log.exception("a fault in keeping a point")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import re
 import select
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import postgres
@@ -901,3 +903,167 @@ def test_talk_goes_on_through_a_failover(
                 first.kill()
                 second.promote()
         talkers.check()
+
+
+# --- What somebody may do to it ---------------------------------------------------
+
+
+@contextlib.contextmanager
+def failing(address: str) -> Iterator[Server]:
+    """Run a server that will not go on, and see that it ends with one line and status 1."""
+    server = Server("--history", address, "--rate-limit", "0")
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        yield server
+        assert server.wait() == 1
+        assert "Traceback" not in server.log()
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize("entries", ["garbage", "[[99,1]]", '[[10,1,2,3,"new"]]', "{}"])
+def test_a_row_that_cannot_be_read_ends_a_running_server(
+    cluster: Postgres, database: str, entries: str
+) -> None:
+    """A row that is none of ours is told in one line, and what is behind it is not shown."""
+    with failing(database) as server:
+        alice = Peer(server.port).join("alice")
+        cluster.sql(f"SELECT chat.append(1, 77, 1, '{entries}', 9999)", database.rpartition("/")[2])
+        server.expect_log("of the history cannot be read")
+        alice.rest()
+
+
+@pytest.mark.parametrize("emptied", ["room", "points"])
+def test_an_emptied_table_is_told_in_one_line(
+    cluster: Postgres, database: str, emptied: str
+) -> None:
+    """Tables that lack what they must have are refused at the start."""
+    with one_more(database):
+        pass
+    cluster.sql(f"DELETE FROM chat.{emptied}", database.rpartition("/")[2])
+    assert "lacks a part of its tables; restore it" in refused(database)
+
+
+def test_letters_that_the_database_lacks_are_not_promised(cluster: Postgres) -> None:
+    """A room for all letters is not begun in a database that has only some."""
+    cluster.sql(
+        "CREATE DATABASE latin ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+    )
+    try:
+        assert "is in LATIN1; make one WITH ENCODING" in refused(
+            cluster.address("latin"), "--format", "utf-8"
+        )
+    finally:
+        cluster.sql("DROP DATABASE latin WITH (FORCE)")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql://a,b,c/chat?port=1,2",
+        "postgresql://127.0.0.1/ch%c3%28at",
+        "postgresql://chat:hunter%zz@127.0.0.1/chat",
+        "postgresql://chat:hun/ter@127.0.0.1/chat",
+        "postgresql://127.0.0.1/chat?sslpassword=hunter",
+    ],
+)
+def test_a_mistyped_address_is_refused_and_not_shown(address: str) -> None:
+    """What cannot be an address is refused, with nothing of it that may be a password."""
+    with pytest.raises(HistoryError) as refusal:
+        Database(address)
+    told = str(refusal.value)
+    assert "hun" not in told
+    assert "ter@" not in told
+
+
+def test_a_ban_lasts_as_long_as_was_said(database: str, tmp_path: Path) -> None:
+    """Five minutes are five minutes, by the database's clock."""
+    password = tmp_path / "password"
+    password.write_text("secret\n")
+    with servers(database, 2, "--op-password-file", str(password)) as (one, two):
+        alice, bob = Peer(one.port).join("alice"), Peer(two.port).join("bob")
+        alice.expect("* bob joined the chat")
+        alice.send("/op secret", "/ban bob 5")
+        while not (found := re.search(r"until (\S+ \S+)Z", alice.next_line())):
+            pass
+        until = datetime.strptime(found[1], "%Y-%m-%d %H:%M").replace(tzinfo=UTC)
+        assert abs((until - datetime.now(UTC)).total_seconds() - 300) < 120
+        bob.rest()
+
+
+def test_a_ghost_goes_though_the_clock_was_set_back(cluster: Postgres, database: str) -> None:
+    """The log's clock goes on from row to row when the database's is set back an hour."""
+    name = database.rpartition("/")[2]
+    with servers(database, 1, **SHORT) as (one,):
+        alice = Peer(one.port).join("alice")
+        with one_more(database, signal.SIGKILL, **SHORT) as two:
+            Peer(two.port).join("bob")
+            alice.expect("* bob joined the chat")
+            body = cluster.sql("SELECT pg_get_functiondef('chat.append'::regproc)", name)
+            now = "extract(epoch FROM clock_timestamp())"
+            assert now in body
+            cluster.sql(body.replace(now, f"{now} - 3600"), name)
+            alice.send("an hour ago")
+            alice.expect("alice: an hour ago")
+        alice.expect("* bob left the chat")
+
+
+def test_a_cancelled_wait_is_no_answer_though_nobody_warns(
+    primary: tuple[Postgres, Postgres],
+) -> None:
+    """Nothing is shown that is not on both, whatever warnings the address asks for."""
+    first, second = primary
+    address = both(first, second) + "?options=-cclient_min_messages%3Derror"
+    with servers(address, 1) as (one,):
+        alice, bob = Peer(one.port).join("alice"), Peer(one.port).join("bob")
+        alice.expect("* bob joined the chat")
+        second.stop()
+        alice.send("not yet")
+        for peer in alice, bob:
+            peer.expect("-> the room is waiting; what you say is kept")
+        waiting = "FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        first.sql(f"SELECT pg_cancel_backend(pid) {waiting}")
+        one.expect_log("a wait for a standby was cancelled there")
+        bob.send("/names")
+        bob.expect("-> 2 here: alice, bob")
+        second.start()
+        expect_after_wait(alice, "alice: not yet")
+
+
+def test_points_that_cannot_be_written_are_told(cluster: Postgres, database: str) -> None:
+    """A database that takes rounds but no points is told of in the log, once."""
+    with servers(database, 1, KEEP_LOOK=0.1, POINT_LINES=50) as (one,):
+        alice = Peer(one.port).join("alice")
+        cluster.sql(
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$BEGIN RAISE EXCEPTION 'full' USING ERRCODE = '53100'; END$$;"
+            " CREATE TRIGGER no BEFORE INSERT ON chat.lines FOR EACH ROW EXECUTE FUNCTION no()",
+            database.rpartition("/")[2],
+        )
+        alice.send(*(f"line {number}" for number in range(100)))
+        one.expect_log("cannot keep what is said for who starts late: full")
+
+
+def test_a_server_ends_in_time_while_somebody_searches(cluster: Postgres, database: str) -> None:
+    """SIGTERM ends a server in time though a search waits for the database."""
+    name = database.rpartition("/")[2]
+    with one_more(database, KEEP_LOOK=0.1, POINT_LINES=100) as one:
+        alice = Peer(one.port).join("alice")
+        alice.send(*(f"line {number}" for number in range(500)))
+        alice.expect_eventually("alice: line 499")
+        kept = "SELECT count(*) > 450 FROM chat.lines"
+        wait_until(lambda: cluster.sql(kept, name) == "t", "the lines to be in the table")
+    server = Server("--history", database, "--rate-limit", "0", RETAINED=50)
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        bob = Peer(server.port).join("bob")
+        bob.send("/search line 7")
+        bob.expect_match("-> .* alice: line 7.*")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            bob.send("/search needle", "said")
+            assert server.stop() == 0
+        finally:
+            cluster.signal(signal.SIGCONT)
+    finally:
+        server.end()

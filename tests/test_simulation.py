@@ -43,6 +43,7 @@ from server import (
     Gone,
     Got,
     Handed,
+    HistoryError,
     Kicked,
     Left,
     Lost,
@@ -992,3 +993,15 @@ def test_no_rule_can_be_left_out(rule: int, monkeypatch: pytest.MonkeyPatch) -> 
         except (Broken, program.Forked):
             return
     pytest.fail(f"nobody missed rule {rule}: {RULES[rule]}")
+
+
+def test_a_round_that_cannot_be_read_takes_none_along() -> None:
+    """Whoever waits for what stood before it in the same answer is told of the end."""
+    follower = Follower(5)
+    follower.start(10, [Row(11, 1.0, 5, 1, "[]")])
+    outcome = Outcome()
+    follower.begin([Handed(Said(1, [b"a: x"]), outcome, is_ours=True)])
+    for unreadable in ("garbage", "{}", "[[99, 1]]", "[[1, 2]]", '[[10, 1, 2, 3, "new"]]'):
+        with pytest.raises(HistoryError):
+            follower.answered([Row(12, 2.0, 5, 2, "[]"), Row(13, 2.0, 6, 1, unreadable)])
+    assert [one.outcome for one in follower.abandoned()] == [outcome]
