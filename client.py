@@ -3056,6 +3056,8 @@ def _parser(*, exit_on_error: bool = True) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=exit_on_error,
     )
+    if not parser.prog.endswith(".py"):  # it is installed
+        parser.epilog = EXAMPLES.replace("python client.py", parser.prog)
     option = parser.add_argument
     option("--version", action="version", version=f"%(prog)s {protocol.__version__}")
     option(

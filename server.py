@@ -4862,6 +4862,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if not parser.prog.endswith(".py"):  # it is installed
+        parser.epilog = EXAMPLES.replace("python server.py", parser.prog)
     parser.add_argument("--version", action="version", version=f"%(prog)s {protocol.__version__}")
     option = parser.add_argument_group("where").add_argument
     option(

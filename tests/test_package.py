@@ -94,7 +94,7 @@ def test_installed_commands_chat(commands: Path, tmp_path: Path) -> None:
 
 
 def test_installed_commands_go_by_their_names(commands: Path, tmp_path: Path) -> None:
-    """Usage and complaints begin with what was typed."""
+    """Usage and complaints begin with what was typed, and examples are typed like it."""
     for name, wrong in (
         ("classic-chat", ["--name", "alice", "--password-file", "none"]),
         ("classic-chat-server", ["--password-file", "none"]),
@@ -111,6 +111,8 @@ def test_installed_commands_go_by_their_names(commands: Path, tmp_path: Path) ->
                 check=False,
             )
             assert (done.stdout or done.stderr).startswith(start)
+            assert "python " not in done.stdout
+            assert bool(done.stdout) == (f"\n      {name} --host " in done.stdout)
 
 
 @pytest.mark.parametrize("module", ["server", "client", "protocol"])
