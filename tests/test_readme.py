@@ -159,6 +159,27 @@ def test_let_friends_in(house: House) -> None:
         house.talk(friend, (house.folder / "password").read_text().strip())
 
 
+def test_settings(house: House) -> None:
+    """With the settings, a certificate and a password beside them, a friend types no option."""
+    secrets, room, _ = (
+        block for block in blocks("sh", "Let friends in") if not is_elsewhere(block)
+    )
+    [settings] = blocks("toml")
+    house.run(secrets)
+    place = house.folder / "settings" / "classic-chat"
+    place.mkdir(parents=True)
+    (place / "client.toml").write_text(settings, encoding="utf-8")
+    for name in ("cert.pem", "password"):
+        shutil.copy(house.folder / name, place)
+    kept = shlex.quote(str(place.parent))
+    command = f"XDG_CONFIG_HOME={kept} XDG_STATE_HOME={kept} python client.py"
+    with house.serve(room), house.open(command) as terminal:
+        terminal.wait_for("* alice joined the chat")
+        terminal.wait_for("alice> ")
+        terminal.type("/quit\r")
+        assert terminal.wait() == 0
+
+
 def test_pipe(house: House) -> None:
     """What a build prints is said in the room."""
     [pipe] = blocks("sh", "Pipes and bots")
