@@ -866,7 +866,10 @@ class ChatClient:
             self.outgoing.add(typed("/quit"))
             self._leaving.set()
             self._waker.wake()
-        self._receiver.join(LEAVE_TIMEOUT)
+        if self._receiver.ident is None:  # a signal came before it could start
+            self._say_goodbye()
+        else:
+            self._receiver.join(LEAVE_TIMEOUT)
         if session := self._session:
             session.shutdown()
             self._receiver.join(LEAVE_TIMEOUT)
@@ -2698,10 +2701,10 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
     except BaseException:
         chat.close()
         raise
-    view.unattended.end()  # who was asked for a name may have been away before that
-    chat.start()
     refused = 0
     try:
+        view.unattended.end()  # who was asked for a name may have been away before that
+        chat.start()
         refused = write(chat, screen, view)
         if isinstance(screen, Pipe) and options.listen:
             screen.closed.wait()  # or the end of the conversation, which interrupts
