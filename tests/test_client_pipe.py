@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chat import DEADLINE, Peer, Server, no_leaks, run_chat, run_server, wait_until
+from chat import DEADLINE, Peer, Server, is_away, no_leaks, run_chat, run_server, wait_until
 from clients import (
     CLIENT,
     HOST,
@@ -284,6 +284,36 @@ def test_signal(number: int) -> None:
             assert process.wait(DEADLINE) == 0
             assert process.stderr
             assert process.stderr.read() == b""
+        bob.expect("* alice left the chat")
+
+
+SIGNALLED = """
+import signal, sys
+sys.path.insert(0, {folder!r})
+import client
+def start(chat, start=client.ChatClient.start):
+    if {behind}: start(chat)
+    signal.raise_signal(signal.SIGTERM)
+client.ChatClient.start = start
+sys.exit(client.main())
+"""
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_signal_just_after_joining(behind: bool) -> None:
+    """A signal before or behind the start of the thread that hears leaves no ghost in the room."""
+    code = SIGNALLED.format(folder=str(ROOT), behind=behind)
+    with run_chat() as server:
+        bob = Peer(server.port).join("bob")
+        command = [sys.executable, "-c", code, "--port", str(server.port), "--name", "alice"]
+        done = subprocess.run(
+            command, stdin=subprocess.PIPE, capture_output=True, env=environment(), timeout=DEADLINE
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        bob.expect("* alice joined the chat")
+        room = server.broadcaster
+        wait_until(lambda: is_away(server, "alice") or not room.room.by_name("alice"))
+        assert not is_away(server, "alice")
         bob.expect("* alice left the chat")
 
 
