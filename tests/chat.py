@@ -398,9 +398,9 @@ class Server:
         """Ask the server to end."""
         self._process.send_signal(number)
 
-    def wait(self) -> int:
-        """Return the exit status; fail when there is none within five seconds."""
-        status = self._process.wait(STOP)
+    def wait(self, seconds: float = STOP) -> int:
+        """Return the exit status; fail when there is none within the five seconds of an end."""
+        status = self._process.wait(seconds)
         self._reader.join()
         return status
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import postgres
 import pytest
-from chat import Peer, Server, run_server, wait_until
+from chat import DEADLINE, Peer, Server, run_server, wait_until
 from clients import Shown, chatting, flush
 from postgres import Postgres
 from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
@@ -564,7 +564,7 @@ def refused(address: str, *options: str) -> str:
     """Return what a server says that cannot start."""
     server = Server("--history", address, *options)
     try:
-        assert server.wait() == 1
+        assert server.wait(DEADLINE) == 1
         assert "Traceback" not in server.log()
         return server.log().strip()
     finally:
