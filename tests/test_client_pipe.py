@@ -370,8 +370,10 @@ def test_listener_whose_reader_goes_away() -> None:
             assert process.stdin
             process.stdin.close()
             bob.expect("* ear joined the chat")
-            wait_until(lambda: os.read(reading, 4096))
-            os.close(reading)
+            bob.send("hello")
+            bob.expect("bob: hello")
+            with os.fdopen(reading, "rb") as shown:  # to its last line: it writes no more by itself
+                assert b"bob: hello\n" in iter(shown.readline, b"")
             bob.send("anybody?")
             assert process.wait(DEADLINE) == 0
         bob.expect("bob: anybody?", "* ear left the chat")

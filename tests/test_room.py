@@ -191,7 +191,7 @@ def test_what_is_said_during_a_round_is_heard_by_those_still_to_be_served(
     """They get it with what the round began with, those before them in the next, all in order."""
     monkeypatch.setattr(server_module, "SLICE", 1)
     alice, bob = pair(room.port)
-    wait_until(lambda: not room.broadcaster.entries.lines, "the round in which bob came to end")
+    wait_until(lambda: is_idle(room), "the rounds in which bob came to end")
     first, last = (client.connection for client in room.clients)
     send_first, send_last, sent = first.send, last.send, []
 
@@ -210,6 +210,12 @@ def test_what_is_said_during_a_round_is_heard_by_those_still_to_be_served(
     for peer in alice, bob:
         peer.expect("alice: one", "bob: two")
     assert sent == [b"alice: one\nbob: two\n"]
+
+
+def is_idle(room: ChatServer) -> bool:
+    """Tell whether no round is due, not even for those who were served before others came."""
+    broadcaster = room.broadcaster
+    return not broadcaster.entries.lines and broadcaster._offered == room.history.end
 
 
 # --- Names -------------------------------------------------------------------
