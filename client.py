@@ -806,7 +806,10 @@ class ChatClient:
                     raise TimeoutError("no answer came")
                 self._exchange(deadline)
         except Refused:  # a goodbye would be taken for another name or password
+            was_in = not self.away
             self._disconnect()
+            if was_in:  # put out as soon as that
+                self._show_held(self._absence)
             raise
         except BaseException:
             self._say_goodbye()
@@ -1200,6 +1203,7 @@ class ChatClient:
         self._show_earlier(absence, earlier)
         for line in since:
             self._show(line)
+        absence.lines.clear()
 
     def _show_earlier(self, absence: Absence, lines: list[Earlier]) -> None:
         """Show what was said before, and that it was."""

@@ -31,7 +31,7 @@ from chat import (
     stopping,
     wait_until,
 )
-from clients import CLIENT, Shown, environment, say, start
+from clients import CLIENT, Shown, environment, pretended, read_line, say, start
 from proxy import Proxy
 from terminal import Terminal
 from trust import ROOT, SLOW_TO_START, stored
@@ -1143,6 +1143,29 @@ def test_kicked_client_ends_with_the_reason(room: ChatServer) -> None:
     assert b"client.py: you were kicked by alice: enough\n" in errors
     assert b"* bob joined the chat" in output
     alice.expect_nothing()
+
+
+def test_client_put_out_at_once_shows_all_that_came() -> None:
+    """Also when the reason comes with the welcome: what stood between the two is shown."""
+
+    def talk(sock: socket.socket) -> None:
+        sock.sendall(b"NICK\n")
+        read_line(sock)
+        sock.sendall(
+            b"-> Welcome, bob!\n-> at 1\n* bob joined the chat\nalice: look out\n"
+            b"* bob was kicked by alice: enough\n-> you were kicked by alice: enough\n"
+        )
+
+    with pretended(talk) as port:
+        done = say("", "--name", "bob", port=port)
+    assert done.returncode == 1
+    assert "client.py: you were kicked by alice: enough\n" in done.stderr
+    assert done.stdout.splitlines()[1:] == [
+        "* bob joined the chat",
+        "alice: look out",
+        "* bob was kicked by alice: enough",
+        "-> you were kicked by alice: enough",
+    ]
 
 
 def test_banned_client_ends_with_the_reason(room: ChatServer) -> None:
