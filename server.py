@@ -57,6 +57,7 @@ and as the broadcaster sees its output; behind or full, it follows later:
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import enum
@@ -113,7 +114,7 @@ HELD = 15.0  # seconds that a place is kept for its key: longer than a change of
 MAIL_KEPT = 600.0  # seconds that private lines outlive the stay of who has not confirmed them
 MAIL_LINES = 1000  # private lines kept for a key
 MAIL_BYTES = 256 * 1024
-MAX_GONE = 1000  # names that were left, for which an address is known should they be banned
+MAX_GONE = 1000  # who have left: addresses known should they be banned, private lines kept
 ALIVE = 10.0  # seconds that a server counts without a round: three times what it has to be
 MAX_STEP = 3.0  # seconds that a round moves the log's clock at most: an outage kills nobody
 MAX_NUMBER = 2**63 - 1  # beyond every round
@@ -153,6 +154,7 @@ POINT_ROUNDS = 5000  # rounds after which a point is due
 POINT_LINES = 20_000  # lines after which it is: less than may be in memory alone
 POINT_SECONDS = 60.0  # seconds after which it is, while private text may stand behind it
 POINT_PAGE = 5000  # lines put into the table by one statement
+MAX_UNKEPT = 4 * RETAINED  # lines in memory that no point has; above, clients are not read from
 KEEP_LOOK = 1.0  # seconds between two looks whether a point is due
 TRIM_SECONDS = 60  # that a round is kept at least
 FORGET_SERVERS = 86_400  # seconds that the last batch of a server is remembered
@@ -241,6 +243,10 @@ class ChatServer:
         self.connections = Connections(self.limits)
         self.allowances = Allowances(self.limits.rate_limit)
         self.stopping = threading.Event()
+        self._stopper = threading.Lock()  # taken for good by the thread that stops the server
+        self._stopped = threading.Event()
+        self.on_failure: Callable[[], None] = lambda: None  # it has stopped by itself
+        self.history.on_failure = self._end_by_itself
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
     def __enter__(self) -> ChatServer:
@@ -315,8 +321,15 @@ class ChatServer:
 
     def stop(self) -> None:
         """Deliver what was accepted, say goodbye and close; at most five seconds."""
-        if self.stopping.is_set():
+        if not self._stopper.acquire(blocking=False):
+            self._stopped.wait()
             return
+        try:
+            self._end()
+        finally:
+            self._stopped.set()
+
+    def _end(self) -> None:
         self.stopping.set()
         self._waker.wake()
         self._receiver.join()
@@ -329,6 +342,15 @@ class ChatServer:
         for thing in (self._waker, self.broadcaster, self.history):
             thing.close()
         log.info("stopped")
+
+    def _end_by_itself(self) -> None:
+        """Stop, in a thread of its own, since the history cannot go on."""
+
+        def end() -> None:
+            self.stop()
+            self.on_failure()
+
+        threading.Thread(target=end, name="stop", daemon=True).start()
 
     def _accept(self) -> None:
         """Accept one connection and start its thread."""
@@ -1514,6 +1536,7 @@ class Room:
         self._set_deadline()
         # Of a draft alone: what the round makes, and whether its lines can be stored.
         self.lines: list[bytes] = []
+        self.turns: list[tuple[int, float]] = []  # where in those a server's round begins, and when
         self.effects: list[Effect] = []
         self.keeps = True
         self.is_shared = False  # nothing but lines and effects is the draft's own yet
@@ -1541,7 +1564,8 @@ class Room:
         """
         draft = object.__new__(type(self))
         vars(draft).update(vars(self))
-        draft.lines, draft.effects, draft.keeps, draft.is_shared = [], [], keeps, True
+        draft.lines, draft.turns, draft.effects = [], [], []
+        draft.keeps, draft.is_shared = keeps, True
         return draft
 
     def apply(self, entry: Any) -> Any:
@@ -1650,7 +1674,7 @@ class Room:
         self._pass(claim.time)
         server = claim.session >> SERVER_BITS
         if server and server not in self.servers:  # it is over, and will have to know
-            raise Gone
+            raise _no_admission()
         if (number := self.keys.get(claim.asked.key)) is not None:
             return self._take_over(self.stays[number], claim), True
         name = claim.asked.name
@@ -1747,10 +1771,17 @@ class Room:
         self.sessions.pop(stay.session or 0, None)
         self._remember(stay)
         self.mail.pop(_unkeyed(stay), None)
-        if mail := self.mail.get(stay.key):
-            self.mail[stay.key] = mail._replace(kept_until=self.clock + MAIL_KEPT)
-            self._set_deadline()
+        if mail := self.mail.pop(stay.key, None):
+            self._keep(stay.key, mail)
         self._announce(line)
+
+    def _keep(self, key: str, mail: Mail) -> None:
+        """Keep the private lines for who has left, for a while, and not for too many."""
+        self.mail[key] = mail._replace(kept_until=self.clock + MAIL_KEPT)
+        gone = [one for one, mail in self.mail.items() if mail.kept_until < math.inf]
+        if len(gone) > MAX_GONE:
+            del self.mail[gone[0]]
+        self._set_deadline()
 
     def _remember(self, stay: Stay) -> None:
         """Know from where somebody was who has the name no more, should it be banned."""
@@ -1793,6 +1824,7 @@ class Room:
         """Let the log's clock move, and end what it ends before the round counts."""
         clock = self.clock + min(max(0.0, turn.time - self.progress.last), MAX_STEP)
         now = max(self.time, turn.time)
+        self.turns.append((len(self.lines), turn.time))
         self.progress = Progress(now, clock, turn.number, self.servers, turn.time)
         over = []
         for name, last in self.servers.items():  # whose last round is the oldest first
@@ -1839,7 +1871,8 @@ class Room:
         """Become another room; who is connected here has to come again."""
         for session in self.sessions:
             self.effects.append(End(session, self.end, Ending.REPLACED, "the server begins anew"))
-        kept = {name: getattr(self, name) for name in ("effects", "lines", "keeps", "is_shared")}
+        names = ("effects", "lines", "turns", "keeps", "is_shared")
+        kept = {name: getattr(self, name) for name in names}
         vars(self).update(vars(Room.restored(restored.state)), **kept)
 
     def _noted(self, noted: Noted) -> None:
@@ -2015,6 +2048,11 @@ class Room:
         Turn: _turned, Entered: _entered, Ended: _ended, Got: _got, Restored: _restored,
         Noted: _noted,
     }  # fmt: skip
+
+
+def _no_admission() -> Farewell:
+    """Return what ends the claim of somebody who had better try again."""
+    return Farewell("the room is waiting", protocol.WAITING_AT_THE_DOOR)
 
 
 def _unkeyed(stay: Stay) -> str:
@@ -2543,7 +2581,7 @@ class Store:
         bans = None if room.bans == self._bans else list(room.bans)
         try:
             if room.lines or bans is not None:
-                self.history.append(room.lines, bans)
+                self.history.append(room.lines, bans, room.turns)
                 self._bans = room.bans
         except Exception as error:
             if self._works:
@@ -2872,7 +2910,7 @@ class History:
 
     `on_waiting` is called in the broadcaster's thread, inside `append`: with True when
     another program has kept a file locked for `TELL_WAITING` seconds, with False when
-    that wait is over.
+    that wait is over.  `on_failure` is called once if the room cannot go on.
     """
 
     durable = False  # `append` waits for the disk
@@ -2890,6 +2928,7 @@ class History:
         self._joined = functools.lru_cache(retained // CHUNK + 2)(self._join)
         self._lock = threading.Lock()  # guards all of the above
         self.on_waiting: Callable[[bool], None] = lambda waiting: None
+        self.on_failure: Callable[[], None] = lambda: None
         self._searching = threading.Lock()  # held by the one search that runs
         self._ending = threading.Event()  # nothing waits here any more
 
@@ -2913,8 +2952,16 @@ class History:
             position = end - self.retained
         return min(end, max(self.oldest, position))
 
-    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
-        """Give lines their positions, and keep a changed list of bans; raise `NotStored`."""
+    def append(
+        self,
+        lines: list[bytes],
+        bans: Sequence[Ban] | None = None,
+        turns: Sequence[tuple[int, float]] = (),
+    ) -> None:
+        """Give lines their positions, and keep a changed list of bans; raise `NotStored`.
+
+        On several machines the lines from each of `turns` on have the time that stands there.
+        """
         now = time.time()
         with self._lock:
             self._lines += lines
@@ -3071,7 +3118,12 @@ class FileHistory(History):
         """The first position in the file."""
         return self._oldest
 
-    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
+    def append(
+        self,
+        lines: list[bytes],
+        bans: Sequence[Ban] | None = None,
+        turns: Sequence[tuple[int, float]] = (),
+    ) -> None:
         """Commit lines to the file, then give them their positions."""
         if lines or bans is not None:
             self._writer.store(self.end, lines, bans)
@@ -3597,6 +3649,11 @@ class Follower:
         return self._under_way is None
 
     @property
+    def under_way(self) -> list[Handed]:
+        """What stands in the last round, until that is read back."""
+        return self._under_way or []
+
+    @property
     def call(self) -> Append:
         """What to ask of the log, again and again until it answers: always the very same.
 
@@ -4020,7 +4077,7 @@ class SharedHistory(History):
         super().__init__(fmt, retained)
         self.address = address
         self.first = self._oldest = self._kept = 0  # until it begins
-        self.time = 0.0  # of what is appended next
+        self._time = 0.0  # of the last round that has brought lines
         self.busy = 0  # the number of the last round in which anything happened
         readers = (Reader(address, self._ending) for _ in range(3))
         self._pages, self._questions, self._searches = readers
@@ -4038,14 +4095,26 @@ class SharedHistory(History):
             self.first, self._lines = end - len(beginning.lines), beginning.lines
             self._times, self._oldest, self._kept = beginning.times, beginning.oldest, end
 
-    def append(self, lines: list[bytes], bans: Sequence[Ban] | None = None) -> None:
+    def append(
+        self,
+        lines: list[bytes],
+        bans: Sequence[Ban] | None = None,
+        turns: Sequence[tuple[int, float]] = (),
+    ) -> None:
         """Give lines their positions; where they are kept is the log."""
         with self._lock:
             self._lines += lines
-            self._times += [self.time] * len(lines)
+            starts = [(0, self._time), *turns, (len(lines), 0.0)]
+            for (start, when), (end, _) in itertools.pairwise(starts):
+                self._times += [when] * (end - start)
+                self._time = when
             excess = max(0, min(len(self._lines) - self.retained, self._kept - self.first))
             del self._lines[:excess], self._times[:excess]
             self.first += excess
+
+    def is_full(self) -> bool:
+        """Tell whether memory has more lines than it should that no point has."""
+        return self.end - self._kept >= MAX_UNKEPT
 
     def kept_to(self, position: int) -> None:
         """Know that all before a position is in the table."""
@@ -4121,11 +4190,14 @@ class Reader:
 
     def ask(self, statement: str, *values: object) -> list[tuple[str, ...]]:
         """Return the rows that answer a question; raise `NotReadable`."""
+        if not self._lock.acquire(timeout=UNANSWERED):
+            raise NotReadable("it does not answer those who asked before")
         try:
-            with self._lock:
-                return _ask(self._database, statement, *values, tick=self._tick)
+            return _ask(self._database, statement, *values, tick=self._tick)
         except Away as error:
             raise NotReadable(str(error)) from None
+        finally:
+            self._lock.release()
 
     def _tick(self) -> None:
         if self._ending.is_set():
@@ -4150,12 +4222,12 @@ def _ask(
 ) -> list[tuple[str, ...]]:
     """Ask on a connection that is kept, or on a new one if it broke; raise `Away`."""
     try:
-        return database.execute(statement, *values, tick=tick)
+        return database.execute(statement, *values, seconds=UNANSWERED, tick=tick)
     except Away:
         try:
             tick()
             database.reach(CONNECT, tick)
-            return database.execute(statement, *values, tick=tick)
+            return database.execute(statement, *values, seconds=UNANSWERED, tick=tick)
         except Away:
             database.close()
             raise
@@ -4207,7 +4279,8 @@ class SharedLog(EntryLog):
         super().__init__(Waker())  # wakes the thread that follows the log
         self._pending: Counter[int] = Counter()  # entries that wait or are under way, by session
         self._arrived: deque[Arrival] = deque()
-        self._is_waiting = False  # the database is away for longer than people can be left alone
+        # What the room waits for, for longer than people can be left without a word.
+        self._awaited: set[str] = set()
         # Guarded by the lock: all of the above.  The broadcaster's own:
         self._served: list[Handed] = []  # of ours, in the round that is being applied
         self._entered = 0  # the name under which this server is in the room
@@ -4215,8 +4288,8 @@ class SharedLog(EntryLog):
         self._broadcaster = broadcaster
         self._history = history
         self._room_waker = waker
-        self._keeper = Keeper(broadcaster, history)
-        self._scribe = Scribe(self, self._waker, history, self._keeper)
+        self._keeper = Keeper(self, broadcaster, history)
+        self._scribe = Scribe(self, self._waker, history)
 
     # For any thread.
 
@@ -4242,11 +4315,11 @@ class SharedLog(EntryLog):
         with self._lock:
             if self._closed:
                 raise Gone
-            if self._is_waiting and type(handed.entry) is Claim:
+            if self._awaited and type(handed.entry) is Claim:
                 raise _no_admission()
             if not is_shared(handed.entry) and not self._pending[session]:
                 self._arrived.append(Arrival([handed]))
-            elif gate is not None and self.lines >= MAX_QUEUED:
+            elif gate is not None and (self.lines >= MAX_QUEUED or self._history.is_full()):
                 self._crowd.append(gate)
                 return False
             else:
@@ -4277,7 +4350,7 @@ class SharedLog(EntryLog):
         """Say that this server ends, if the database is there, and end the threads."""
         if self._scribe.stop():
             self._waker.close()
-        self.drop(self.gather(is_due=True) or [], Gone())
+        self.drop(self.gather(is_due=True) or [])
         self._keeper.stop()
 
     # For the broadcaster.
@@ -4295,7 +4368,7 @@ class SharedLog(EntryLog):
         number = 0
         for one in batch:
             if isinstance(one.entry, Turn):
-                number, self._history.time = one.entry.number, one.entry.time
+                number = one.entry.number
             elif is_shared(one.entry):
                 self._history.busy = number
         self._served += (one for one in batch if one.is_ours)
@@ -4342,36 +4415,42 @@ class SharedLog(EntryLog):
         for gate in crowd:
             gate.ring()
 
-    def drop(self, handed: list[Handed], why: Exception) -> None:
+    def drop(self, handed: list[Handed]) -> None:
         """Let all know who wait for entries that are not applied any more."""
         self.forget(handed)
         for one in handed:
             if one.reserved is not None:
                 one.reserved.remove(one.reserved_lines, one.size)
             if one.outcome is not None:
-                one.outcome.value = why
+                one.outcome.value = _no_admission() if type(one.entry) is Claim else Gone()
                 one.outcome.settle()
 
-    def wait(self) -> None:
-        """Tell people that the database is away; nobody comes in meanwhile."""
+    def wait(self, what: str, claims: Iterable[Handed] = ()) -> None:
+        """Tell people that the room waits for something; nobody comes in meanwhile.
+
+        Of the `claims` that are under way nobody knows yet: who made them waits on.
+        """
         with self._lock:
-            self._is_waiting = True
-            claims = [one for one in self._handed if type(one.entry) is Claim]
+            is_new = not self._awaited
+            self._awaited.add(what)
+            turned_away = [one for one in self._handed if type(one.entry) is Claim]
             self._handed = [one for one in self._handed if type(one.entry) is not Claim]
-            self._lines -= len(claims)
-            self._lines_taken += len(claims)  # until they are forgotten
-        self.drop(claims, _no_admission())
-        self.deliver(Handed(Noted(protocol.WAITING)))
+            self._lines -= len(turned_away)
+            self._lines_taken += len(turned_away)  # until they are forgotten
+        self.drop(turned_away)
+        for output in filter(None, (claim.output for claim in claims)):
+            with contextlib.suppress(OSError):  # nothing else is under way to them
+                output.connection.send(_encoded(protocol.WAITING_AT_THE_DOOR))
+        if is_new:
+            self.deliver(Handed(Noted(protocol.WAITING)))
 
-    def go_on(self) -> None:
-        """Tell people that the database is there again."""
+    def go_on(self, what: str) -> None:
+        """Tell people that the room waits no more, unless for something else."""
         with self._lock:
-            self._is_waiting = False
-        self.deliver(Handed(Noted(protocol.GOES_ON)))
-
-
-def _no_admission() -> Farewell:
-    return Farewell("the room is waiting", protocol.WAITING_AT_THE_DOOR)
+            is_last = self._awaited == {what}
+            self._awaited.discard(what)
+        if is_last:
+            self.deliver(Handed(Noted(protocol.GOES_ON)))
 
 
 class Scribe:
@@ -4380,13 +4459,10 @@ class Scribe:
     All of it is that thread's own, but for the name under which it does so.
     """
 
-    def __init__(
-        self, shared: SharedLog, waker: Waker, history: SharedHistory, keeper: Keeper
-    ) -> None:
+    def __init__(self, shared: SharedLog, waker: Waker, history: SharedHistory) -> None:
         self._log = shared
         self._waker = waker
         self._history = history
-        self._keeper = keeper
         self._database = Database(history.address)
         self._follower = Follower(_fresh_name())
         self._begun_at = 0.0  # when the last round was
@@ -4511,7 +4587,6 @@ class Scribe:
         history = self._history
         beginning = _read_beginning(self._database, self.server, history.retained, history.fmt)
         behind = self._follower.start(beginning.number, beginning.rows)
-        self._keeper.learn(beginning.number, beginning.state["end"])
         self._log.deliver(Handed(Restored(beginning.state)), *behind, beginning=beginning)
 
     # When the database is away.
@@ -4523,7 +4598,7 @@ class Scribe:
         since = self._silent_since
         if since is not None and not self._has_told and time.monotonic() - since >= TELL_WAITING:
             self._has_told = True
-            self._log.wait()
+            self._log.wait("the database", self._follower.under_way)
 
     def _be_well(self) -> None:
         """Know that the database has answered."""
@@ -4533,7 +4608,7 @@ class Scribe:
             log.info("the database answers again")
         if self._has_told:
             self._has_told = False
-            self._log.go_on()
+            self._log.go_on("the database")
 
     def _lose(self, why: str) -> None:
         """Wait a little before the next host is tried, and log that it has to be."""
@@ -4557,7 +4632,7 @@ class Scribe:
 
     def _drop_all(self, former: Follower) -> None:
         waiting = self._log.gather(is_due=True) or []
-        self._log.drop([*former.abandoned(), *waiting], Gone())
+        self._log.drop([*former.abandoned(), *waiting])
 
     def _give_up(self, error: Exception) -> None:
         """End the server: it cannot go on from what the database has."""
@@ -4566,9 +4641,7 @@ class Scribe:
         self._history.failure = str(why)
         self._log.close()
         self._drop_all(self._follower)
-        import _thread
-
-        _thread.interrupt_main(signal.SIGTERM)  # nothing, where nobody handles it
+        self._history.on_failure()
 
 
 def _fresh_name() -> int:
@@ -4617,7 +4690,8 @@ class Keeper:
     the last but one is not needed to begin.
     """
 
-    def __init__(self, broadcaster: Broadcaster, history: SharedHistory) -> None:
+    def __init__(self, shared: SharedLog, broadcaster: Broadcaster, history: SharedHistory) -> None:
+        self._log = shared
         self._broadcaster = broadcaster
         self._history = history
         self._database = Database(history.address)
@@ -4637,7 +4711,7 @@ class Keeper:
         self._ending.set()
         self._thread.join(STOP_CLOSE)
 
-    def learn(self, number: int, position: int) -> None:
+    def _learn(self, number: int, position: int) -> None:
         """Know of a point."""
         if number > self._last:
             self._last_but_one, self._last, self._position = self._last, number, position
@@ -4646,20 +4720,28 @@ class Keeper:
     def _run(self) -> None:
         while not self._ending.wait(KEEP_LOOK):
             room = self._broadcaster.room
-            if not self._is_due(room, time.monotonic() - self._known_at):
-                continue
-            try:
-                self._keep(room)
-                self._is_failing = False
-            except Away as error:
-                if not self._is_failing:
-                    log.error("cannot keep what is said for who starts late: %s", error)
-                self._is_failing = True
-                self._database.close()
-            except Exception:
-                log.exception("a fault in keeping a point")
-                self._database.close()
+            if self._is_due(room, time.monotonic() - self._known_at):
+                self._try(room)
         self._database.close()
+
+    def _try(self, room: Room) -> None:
+        """Write a point; where that cannot be for long, the room waits for it."""
+        try:
+            self._keep(room)
+        except Away as error:
+            if not self._is_failing:
+                log.error("cannot keep what is said for who starts late: %s", error)
+            self._is_failing = True
+        except Exception:
+            log.exception("a fault in keeping a point")
+            self._is_failing = True
+        else:
+            self._is_failing = False
+            self._log.go_on("a point")
+        if self._is_failing:
+            self._database.close()
+            if self._history.is_full():
+                self._log.wait("a point")
 
     def _is_due(self, room: Room, age: float) -> bool:
         rounds, lines = room.progress.number - self._last, room.end - self._position
@@ -4675,20 +4757,18 @@ class Keeper:
             "SELECT number, position, extract(epoch FROM clock_timestamp()) - time"
             " FROM chat.points ORDER BY number DESC LIMIT 1"
         )
-        self.learn(int(last), int(position))
+        self._learn(int(last), int(position))
         self._history.kept_to(int(position))
-        [(number,)] = self._ask("SELECT number FROM chat.room")
-        if int(number) < room.progress.number:
-            raise Away("a primary that nobody follows any more")
         if is_alone == "0" or not self._is_due(room, float(age)):
             self._ask("ROLLBACK")
             return
-        lines = self._history.between(int(position), room.end)
-        for first in range(0, len(lines), POINT_PAGE):
+        self._check_followed(room.progress)
+        for first in range(int(position), room.end, POINT_PAGE):
+            lines = self._history.between(first, min(first + POINT_PAGE, room.end))
             self._ask(
                 "INSERT INTO chat.lines SELECT (r->>0)::bigint, (r->>1)::float8, r->>2, r->>3,"
                 " r->>4 FROM json_array_elements($1::json) r ON CONFLICT DO NOTHING",
-                _json(lines[first : first + POINT_PAGE]),
+                _json(lines),
             )
         self._ask(
             "INSERT INTO chat.points VALUES ($1, extract(epoch FROM clock_timestamp()), $2, $3)",
@@ -4701,10 +4781,21 @@ class Keeper:
         self._ask(
             f"DELETE FROM chat.rounds WHERE number <= $1 AND time < {before} {TRIM_SECONDS}", last
         )
-        self._ask(f"DELETE FROM chat.servers WHERE time < {before} {FORGET_SERVERS}")
+        # Not one that is in the room: a clock that is put forward must not have it said twice.
+        here = ",".join(map(str, room.servers))
+        self._ask(
+            f"DELETE FROM chat.servers WHERE time < {before} {FORGET_SERVERS}"
+            f" AND server <> ALL ('{{{here}}}')"
+        )
         self._ask("COMMIT")
-        self.learn(room.progress.number, room.end)
+        self._learn(room.progress.number, room.end)
         self._history.kept_to(room.end)
+
+    def _check_followed(self, progress: Progress) -> None:
+        """Raise `Away` for a database whose log is not the one that was followed."""
+        found = self._ask("SELECT time FROM chat.rounds WHERE number = $1", progress.number)
+        if [float(when) for (when,) in found] != [progress.last]:
+            raise Away("its log is not the one that is followed here")
 
     def _ask(self, statement: str, *values: object) -> list[tuple[str, ...]]:
         return self._database.execute(statement, *values, seconds=READ_ALL)
@@ -4736,7 +4827,9 @@ def main(arguments: list[str] | None = None) -> int:
             return _fail(error, options)
         gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
         _announce(server)
-        _wait_for_end(signals, server, options, had_terminal)
+        server.on_failure = functools.partial(_thread.interrupt_main, signal.SIGTERM)
+        if not server.history.failure:
+            _wait_for_end(signals, server, options, had_terminal)
     status = 1 if server.history.failure else 0
     if console.is_stuck():
         os._exit(status)  # a thread that does not come back from a write would hold up the exit

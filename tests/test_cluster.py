@@ -9,10 +9,12 @@ import re
 import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import postgres
 import pytest
@@ -23,7 +25,18 @@ from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
 
 import client
 from client import ChatClient
-from server import Database, HistoryError, prepare
+from server import (
+    Away,
+    ChatServer,
+    Database,
+    Entered,
+    HistoryError,
+    Keeper,
+    Room,
+    SharedHistory,
+    Turn,
+    prepare,
+)
 
 KEY = "0123456789abcdef"
 SHORT = {"ALIVE": 2.0, "EMPTY_ROUND": 0.5}  # so that a test need not wait for ten seconds
@@ -1067,3 +1080,182 @@ def test_a_server_ends_in_time_while_somebody_searches(cluster: Postgres, databa
             cluster.signal(signal.SIGCONT)
     finally:
         server.end()
+
+
+def test_lines_keep_the_time_at_which_they_were_said(cluster: Postgres, database: str) -> None:
+    """Whoever starts later and reads many rounds at once gives each line the time of its own."""
+    name = database.rpartition("/")[2]
+    with one_more(database, KEEP_LOOK=1000.0) as one:
+        alice = Peer(one.port).join("alice")
+        for line in "an hour ago", "just now":
+            alice.send(line)
+            alice.expect(f"alice: {line}")
+        alice.close()
+    cluster.sql(
+        "UPDATE chat.rounds SET time = time - 3600 WHERE number <="
+        " (SELECT number FROM chat.rounds WHERE entries LIKE '%an hour ago%')",
+        name,
+    )
+    with servers(database, 1) as (two,):
+        bob = Peer(two.port).join("bob")
+        bob.send("/search an hour ago", "/search just now")
+        found = [bob.expect_match(r"-> (\S+ \S+)Z alice: .*")[1] for _ in range(2)]
+        first, second = (datetime.strptime(time, "%Y-%m-%d %H:%M") for time in found)
+        assert 3500 < (second - first).total_seconds() < 3700
+
+
+def test_a_server_used_from_python_ends_when_it_cannot_go_on(
+    cluster: Postgres, database: str
+) -> None:
+    """Its people are told and let go, though nobody handles a signal there."""
+    ended = threading.Event()
+    with ChatServer(port=0, history=database) as server:
+        server.on_failure = ended.set
+        alice = Peer(server.port).join("alice")
+        cluster.sql("UPDATE chat.room SET rules = 99", database.rpartition("/")[2])
+        assert alice.rest()[-1] == "-> the server is shutting down"
+        assert ended.wait(DEADLINE)
+        assert "another version" in server.history.failure
+
+
+def test_a_newcomer_whose_claim_is_under_way_is_told(cluster: Postgres, database: str) -> None:
+    """Who was about to come in when the database goes is told, and comes in when it is back."""
+    with servers(database, 1) as (one,):
+        alice = Peer(one.port).join("alice")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            carol = Peer(one.port).introduce("carol")
+            alice.expect("-> the room is waiting; what you say is kept")
+            carol.expect("-> the room is waiting; try again later")
+        finally:
+            cluster.signal(signal.SIGCONT)
+        carol.expect_match("-> Welcome, carol!.*")
+        assert {alice.next_line(), alice.next_line()} == {
+            "-> the room goes on",
+            "* carol joined the chat",
+        }
+
+
+def test_at_the_door_of_a_server_that_begins_anew(database: str) -> None:
+    """Who has not given a name yet when their server begins anew is asked to come again."""
+    with servers(database, 2, **SHORT) as (one, two):
+        alice, dave = Peer(one.port).join("alice"), Peer(two.port).join("dave")
+        alice.expect("* dave joined the chat")
+        late = Peer(two.port)
+        late.expect("NICK")
+        suspend(two)
+        alice.expect("* dave left the chat")
+        two.ask_to_end(signal.SIGCONT)
+        two.expect_log("silent for too long")
+        dave.rest()
+        late.send("late")
+        late.expect("-> the room is waiting; try again later")
+        late.expect_closed()
+        wait_for_admission(two.port, "late")
+
+
+def wait_for_admission(port: int, name: str) -> None:
+    """Come in as soon as the server lets somebody."""
+
+    def is_let_in() -> bool:
+        line = Peer(port).introduce(name).next_line()
+        return line.startswith("-> Welcome")
+
+    wait_until(is_let_in, "the server to let somebody in")
+
+
+def test_what_no_point_has_is_bounded(cluster: Postgres, database: str) -> None:
+    """Where points cannot be written for long people are told, and talk is kept, not lost."""
+    name = database.rpartition("/")[2]
+    with servers(database, 1, KEEP_LOOK=0.05, POINT_LINES=20, MAX_UNKEPT=50) as (one,):
+        alice, bob = Peer(one.port).join("alice"), Peer(one.port).join("bob")
+        alice.expect("* bob joined the chat")
+        cluster.sql(
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$BEGIN RAISE EXCEPTION 'full' USING ERRCODE = '53100'; END$$;"
+            " CREATE TRIGGER no BEFORE INSERT ON chat.lines FOR EACH ROW EXECUTE FUNCTION no()",
+            name,
+        )
+        waiting, said, line = "-> the room is waiting; what you say is kept", 0, ""
+        while line != waiting:
+            alice.send(f"line {said}")
+            line = alice.next_line()
+            assert line in (f"alice: line {said}", waiting)
+            said += 1
+        bob.expect(*(f"alice: line {number}" for number in range(said - 1)), waiting)
+        bob.send("/names")  # which is answered, while what alice said last is not shown
+        bob.expect("-> 2 here: alice, bob")
+        Peer(one.port).introduce("carol").expect("-> the room is waiting; try again later")
+        cluster.sql("DROP TRIGGER no ON chat.lines", name)
+        expect_after_wait(alice, f"alice: line {said - 1}")
+        expect_after_wait(bob, f"alice: line {said - 1}")
+
+
+@pytest.fixture
+def keeper(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
+    """What writes points, which finds one due after any round."""
+    monkeypatch.setattr("server.POINT_ROUNDS", 1)
+    history = SharedHistory(database)
+    keeper = Keeper(SimpleNamespace(), SimpleNamespace(), history)  # type: ignore[arg-type]
+    yield keeper
+    keeper._database.close()
+    history.close()
+
+
+def follow_first_round(cluster: Postgres, name: str, late: float = 0.0) -> Room:
+    """Return a room that has followed the log to its first round, or took it for a later one."""
+    time = float(cluster.sql("SELECT time FROM chat.rounds", name))
+    room = Room(durable=True).draft()
+    room.apply(Turn(77, time + late, 1))
+    room.apply(Entered(77))
+    return room
+
+
+def test_a_point_of_another_log_is_not_written(
+    cluster: Postgres, database: str, keeper: Keeper
+) -> None:
+    """Where the database has another round than the one followed, no point hides that."""
+    name = database.rpartition("/")[2]
+    cluster.sql("SELECT chat.append(1, 77, 1, '[]', 9999)", name)
+    with pytest.raises(Away):
+        keeper._keep(follow_first_round(cluster, name, late=0.001))
+    keeper._database.close()
+    assert cluster.sql("SELECT number FROM chat.points", name) == "0"
+    keeper._keep(follow_first_round(cluster, name))
+    assert cluster.sql("SELECT max(number) FROM chat.points", name) == "1"
+
+
+def test_a_server_that_is_here_is_not_forgotten(
+    cluster: Postgres, database: str, keeper: Keeper
+) -> None:
+    """A clock that is put forward a day does not have its last round taken for a new one."""
+    name = database.rpartition("/")[2]
+    cluster.sql("SELECT chat.append(1, 77, 1, '[]', 9999)", name)
+    cluster.sql("INSERT INTO chat.servers VALUES (5, 1, 0)", name)
+    room = follow_first_round(cluster, name)
+    cluster.sql("UPDATE chat.servers SET time = time - 90000", name)
+    keeper._keep(room)
+    assert cluster.sql("SELECT server FROM chat.servers", name) == "77"
+
+
+def test_many_who_ask_while_the_database_is_away(cluster: Postgres, database: str) -> None:
+    """They are all answered together, and not one behind the other."""
+    name = database.rpartition("/")[2]
+    with one_more(database, KEEP_LOOK=0.1, POINT_LINES=100) as one:
+        alice = Peer(one.port).join("alice")
+        alice.send(*(f"line {number}" for number in range(500)))
+        alice.expect_eventually("alice: line 499")
+        kept = "SELECT count(*) > 450 FROM chat.lines"
+        wait_until(lambda: cluster.sql(kept, name) == "t", "the lines to be in the table")
+    with servers(database, 1, RETAINED=50, CONNECT=0.5) as (two,):
+        peers = [Peer(two.port).join(f"peer-{number}") for number in range(100)]
+        for peer in peers[:-1]:
+            peer.expect_eventually("* peer-99 joined the chat")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            for peer in peers:
+                peer.send("/history 200")
+            for peer in peers:
+                peer.expect_eventually("-> the history cannot be read; try again later")
+        finally:
+            cluster.signal(signal.SIGCONT)

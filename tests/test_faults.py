@@ -38,7 +38,6 @@ from protocol import Connection
 from server import (
     Answered,
     Asked,
-    Ban,
     Banned,
     ChatServer,
     Claim,
@@ -298,12 +297,12 @@ class Disk:
         self.may_go_on = threading.Event()
         monkeypatch.setattr(room.history, "append", self._append_or_refuse)
 
-    def _append_or_refuse(self, lines: list[bytes], bans: list[Ban] | None = None) -> None:
+    def _append_or_refuse(self, lines: list[bytes], *others: object) -> None:
         if self.refuses:
             raise NotStored("no space left, says the test")
         self.is_busy.set()
         self.may_go_on.wait(DEADLINE)
-        self._append(lines, bans)
+        self._append(lines, *others)  # type: ignore[arg-type]
 
     def hold(self, peer: Peer) -> None:
         """Have somebody say a line of which the round waits for the disk."""
@@ -336,7 +335,7 @@ def fail_next_round(room: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the next round in which there is something to store raise what nobody expected."""
     append, faults = room.history.append, [ValueError("a fault of the test")]
 
-    def append_or_raise(lines: list[bytes], bans: object = None) -> None:
+    def append_or_raise(lines: list[bytes], *others: object) -> None:
         if faults and lines:
             raise faults.pop()
         append(lines)

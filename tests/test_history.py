@@ -1081,7 +1081,9 @@ def test_ban_made_while_another_is_being_stored_is_kept(
         append = room.history.append
         commits: list[int] = []
 
-        def ban_meanwhile(lines: list[bytes], bans: list[Ban] | None = None) -> None:
+        def ban_meanwhile(
+            lines: list[bytes], bans: list[Ban] | None = None, *others: object
+        ) -> None:
             append(lines, bans)
             commits.append(len(bans or ()))
             if commits == [1]:

@@ -500,7 +500,7 @@ def test_a_crowded_queue_holds_its_authors_back(monkeypatch: pytest.MonkeyPatch)
         alice = Peer(server.port, buffer=SMALL).join("alice")
         append, may_go_on = server.history.append, threading.Event()
 
-        def append_later(lines: list[bytes], bans: object = None) -> None:
+        def append_later(lines: list[bytes], *others: object) -> None:
             may_go_on.wait(30)
             append(lines)
 

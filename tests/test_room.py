@@ -546,7 +546,7 @@ def test_who_waits_for_space_in_the_queue_can_be_replaced(
     ghost.expect_eventually("* alice joined the chat")
     append, may_go_on = room.history.append, threading.Event()
 
-    def append_later(lines: list[bytes], bans: object = None) -> None:
+    def append_later(lines: list[bytes], *others: object) -> None:
         may_go_on.wait(30)
         append(lines)
 
@@ -882,6 +882,31 @@ def test_private_lines_outlive_the_stay_for_a_while(
     bob.expect_match("-> Welcome, bob! .*")
     bob.expect_match(r"-> at \d+\+0")
     bob.expect(*expected, "* bob joined the chat")
+
+
+def test_private_lines_are_kept_for_so_many_who_left(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where too many have left, those of who left first go first; those of who is here stay."""
+    monkeypatch.setattr(server_module, "MAX_GONE", 2)
+    alice = Peer(room.port).join("alice")
+    staying = join_with_key(room, "staying")
+    alice.send("/msg staying psst")
+    staying.expect("[from alice] psst")
+    for number in range(4):
+        guest = Peer(room.port).introduce(f"guest-{number} -0 {number:016x}")
+        guest.expect_eventually(f"* guest-{number} joined the chat")
+        alice.send(f"/msg guest-{number} psst")
+        guest.expect("[from alice] psst")
+        guest.send("/quit")
+        alice.expect_eventually(f"* guest-{number} left the chat")
+    for number, expected in (0, []), (3, ["[from alice] psst"]):
+        guest = Peer(room.port).introduce(f"guest-{number} -0+0 {number:016x}")
+        guest.expect_match("-> Welcome, .*")
+        guest.expect_match("-> at .*")
+        guest.expect(*expected, f"* guest-{number} joined the chat")
+    staying, _ = come_back(room, "staying -0+0")
+    staying.expect("[from alice] psst")
 
 
 def test_mail_is_kept_while_its_owner_is_here(
