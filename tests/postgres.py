@@ -135,11 +135,8 @@ class Postgres:
         """Run one of PostgreSQL's programs, as somebody that it accepts."""
         folder = programs()
         assert folder is not None
-        command = [str(folder / program), *arguments]
-        if os.geteuid() == 0:
-            command = ["runuser", "-u", "postgres", "--", *command]
         done = subprocess.run(
-            command,
+            _accepted([str(folder / program), *arguments]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if program == "psql" else subprocess.DEVNULL,
             stderr=subprocess.PIPE if program == "psql" else subprocess.DEVNULL,
@@ -162,6 +159,36 @@ class Postgres:
         if (self.folder / "data" / "postmaster.pid").exists():
             self.signal(signal.SIGCONT)
             self.stop()
+
+
+@contextlib.contextmanager
+def pooler(cluster: Postgres, mode: str) -> Iterator[int]:
+    """Run a pgbouncer before a PostgreSQL; give its port."""
+    with folder() as place:
+        port, settings = free_port(), place / "settings"
+        settings.write_text(
+            f"[databases]\n* = host=127.0.0.1 port={cluster.port} user=chat\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+            f"auth_type = any\nauth_file =\npool_mode = {mode}\n"
+        )
+        command = _accepted(["pgbouncer", "-q", str(settings)])
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            try:
+                _wait_until(lambda: _listens(port))
+                yield port
+            finally:
+                process.terminate()
+
+
+def _accepted(command: list[str]) -> list[str]:
+    """Return a command that is run as somebody whom PostgreSQL's programs accept."""
+    return ["runuser", "-u", "postgres", "--", *command] if os.geteuid() == 0 else command
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
 
 
 def _wait_until(happened: Callable[[], bool]) -> None:

@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 import select
+import shutil
 import signal
 import subprocess
 import threading
@@ -614,21 +615,21 @@ def test_what_cannot_be_the_history_is_refused_in_one_line(
     assert "hunter2" not in secret
 
 
-@pytest.mark.parametrize(
-    ("what", "pretended", "said"),
-    [
-        ("version", 140_012, "is older than PostgreSQL 15; use a newer one"),
-        ("process", "1", "is a pooler; name PostgreSQL's own address"),
-    ],
-)
-def test_what_is_no_postgresql_to_work_with_is_refused(
-    database: str, monkeypatch: pytest.MonkeyPatch, what: str, pretended: object, said: str
-) -> None:
-    """An old PostgreSQL, and one whose connections are others' too, are told from a fit one."""
-    monkeypatch.setattr(Database, what, property(lambda _: pretended))
+def test_an_old_postgresql_is_refused(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that lacks what is needed is told from a fit one by its version."""
+    monkeypatch.setattr(Database, "version", property(lambda _: 140_012))
     with pytest.raises(HistoryError) as refused:
         prepare(Database(database), "ascii")
-    assert str(refused.value).endswith(said)
+    assert str(refused.value).endswith("is older than PostgreSQL 15; use a newer one")
+
+
+@pytest.mark.skipif(shutil.which("pgbouncer") is None, reason="pgbouncer is not installed")
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+def test_a_pooler_is_refused_in_one_line(cluster: Postgres, database: str, mode: str) -> None:
+    """What keeps no connection for us, and tells nobody when others append, is no database."""
+    with postgres.pooler(cluster, mode) as port:
+        through = database.replace(f":{cluster.port}/", f":{port}/")
+        assert refused(through).endswith("is a pooler; name PostgreSQL's own address")
 
 
 def test_a_wrong_password_is_refused_in_one_line(
