@@ -2978,6 +2978,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.tls is False and (options.tls_ca or options.tls_fingerprint):
+        parser.error("--no-tls goes with no --tls-ca and no --tls-fingerprint; leave one out")
     file = settings_file() if options.settings is None else options.settings
     if not file:
         return options

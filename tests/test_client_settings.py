@@ -95,6 +95,18 @@ def test_options_win_over_switches(file: Path) -> None:
         assert run(file, *ALICE).returncode == 1
 
 
+@pytest.mark.parametrize("other", ["--tls-ca=ca.pem", f"--tls-fingerprint={'ab' * 32}"])
+def test_no_tls_with_what_asks_for_it_is_refused(file: Path, other: str) -> None:
+    """Nobody talks in the clear who asked for TLS too; what the settings ask for gives way."""
+    done = run(file, *ALICE, "--no-tls", other)
+    assert done.returncode == 2
+    assert "leave one out" in done.stderr.splitlines()[-1]
+    with run_chat() as server:
+        name, _, value = other.removeprefix("--").partition("=")
+        file.write_text(f'port = {server.port}\n{name} = "{value}"\n')
+        assert run(file, *ALICE, "--no-tls").returncode == 0
+
+
 def test_files_stand_beside_the_settings(file: Path) -> None:
     """A password file that is named without a folder is the one beside the settings."""
     (file.parent / "secret").write_text("tr0ub4dor\n")
