@@ -39,7 +39,8 @@ Who touches what:
     log, keeper         on several machines: their parts of the shared log
 
 No thread holds two of these locks, but for one that waits for the disk: it holds its
-connection to the file, which nobody else waits for but its like.  A single number or
+connection to the file, which nobody else waits for but its like.  (And whoever stops the
+server keeps the right to, for which only others that would stop it wait.)  A single number or
 reference that one thread sets may be read by others without a lock, and whatever is read so
 may be old: `Broadcaster.room` is the room as it was published last, which does not change any
 more; a Client's name, and why its output ended, are for the console.
@@ -243,10 +244,8 @@ class ChatServer:
         self.connections = Connections(self.limits)
         self.allowances = Allowances(self.limits.rate_limit)
         self.stopping = threading.Event()
-        self._stopper = threading.Lock()  # taken for good by the thread that stops the server
-        self._stopped = threading.Event()
-        self.on_failure: Callable[[], None] = lambda: None  # it has stopped by itself
-        self.history.on_failure = self._end_by_itself
+        self._stopper = threading.Lock()  # held by the thread that stops the server
+        self.history.on_failure = self._stop_aside
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
     def __enter__(self) -> ChatServer:
@@ -321,16 +320,12 @@ class ChatServer:
 
     def stop(self) -> None:
         """Deliver what was accepted, say goodbye and close; at most five seconds."""
-        if not self._stopper.acquire(blocking=False):
-            self._stopped.wait()
-            return
-        try:
-            self._end()
-        finally:
-            self._stopped.set()
+        with self._stopper:  # whoever comes second waits until it has stopped
+            if not self.stopping.is_set():
+                self.stopping.set()
+                self._stop()
 
-    def _end(self) -> None:
-        self.stopping.set()
+    def _stop(self) -> None:
         self._waker.wake()
         self._receiver.join()
         self._listener.close()
@@ -343,14 +338,9 @@ class ChatServer:
             thing.close()
         log.info("stopped")
 
-    def _end_by_itself(self) -> None:
-        """Stop, in a thread of its own, since the history cannot go on."""
-
-        def end() -> None:
-            self.stop()
-            self.on_failure()
-
-        threading.Thread(target=end, name="stop", daemon=True).start()
+    def _stop_aside(self) -> None:
+        """Stop, in a thread of its own: for one of those that have to end."""
+        threading.Thread(target=self.stop, name="stop", daemon=True).start()
 
     def _accept(self) -> None:
         """Accept one connection and start its thread."""
@@ -1510,6 +1500,18 @@ class Progress(NamedTuple):
     last: float = 0.0  # the time of that round, which a clock that was set may have gone back to
 
 
+class Result:
+    """What a round makes of its entries; with `keeps` false, its lines cannot be stored."""
+
+    __slots__ = ("effects", "keeps", "lines", "turns")
+
+    def __init__(self, *, keeps: bool = True) -> None:
+        self.lines: list[bytes] = []
+        self.effects: list[Effect] = []  # for single clients
+        self.turns: list[tuple[int, float]] = []  # where in the lines a server's begin, and when
+        self.keeps = keeps
+
+
 class Room:
     """Who is here, who is kept out, and what an entry does; no socket, thread or clock.
 
@@ -1534,12 +1536,9 @@ class Room:
         self.mail: dict[str, Mail] = {}  # by key
         self.departed: dict[str, str] = {}  # addresses of who had a name last, by folded name
         self._set_deadline()
-        # Of a draft alone: what the round makes, and whether its lines can be stored.
-        self.lines: list[bytes] = []
-        self.turns: list[tuple[int, float]] = []  # where in those a server's round begins, and when
-        self.effects: list[Effect] = []
-        self.keeps = True
-        self.is_shared = False  # nothing but lines and effects is the draft's own yet
+        # Of a draft alone.
+        self.result = Result()
+        self.is_shared = False  # nothing but the result is the draft's own yet
 
     @property
     def time(self) -> float:
@@ -1564,8 +1563,7 @@ class Room:
         """
         draft = object.__new__(type(self))
         vars(draft).update(vars(self))
-        draft.lines, draft.turns, draft.effects = [], [], []
-        draft.keeps, draft.is_shared = keeps, True
+        draft.result, draft.is_shared = Result(keeps=keeps), True
         return draft
 
     def apply(self, entry: Any) -> Any:
@@ -1591,7 +1589,7 @@ class Room:
         Who waits for what becomes of it is told by the thread that waits.
         """
         if is_leaving(entry):
-            self.effects.append(End(entry.session, self.end, Ending.LEFT))
+            self.result.effects.append(End(entry.session, self.end, Ending.LEFT))
             if stay := self.by_session(entry.session) or before.by_session(entry.session):
                 self._strike(stay)
         elif not is_awaited and not isinstance(entry, (Claim, Passed, *_OF_SERVERS)):
@@ -1693,7 +1691,7 @@ class Room:
         if not stay.is_operator:
             self._check_bans(stay.name, claim.address)
         if stay.session is not None:
-            self.effects.append(End(stay.session, self.end, Ending.REPLACED, "replaced"))
+            self.result.effects.append(End(stay.session, self.end, Ending.REPLACED, "replaced"))
             del self.sessions[stay.session]
         stay = stay._replace(session=claim.session, address=claim.address, kept_until=math.inf)
         self._enter(stay)
@@ -1731,7 +1729,7 @@ class Room:
         missed = mail.total - had - len(mail.lines)
         number = mail.total - len(mail.lines)
         begin = Begin(claim.session, self.end, claim.asked, greeting, missed, number, mail.lines)
-        self.effects.append(begin)
+        self.result.effects.append(begin)
 
     def _enter(self, stay: Stay) -> None:
         """Put a stay, new or changed, wherever it is looked for."""
@@ -1745,7 +1743,7 @@ class Room:
     def _left(self, left: Left) -> None:
         stay = self._of(left)
         self._pass(left.time)
-        self.effects.append(End(left.session, self.end, Ending.LEFT))
+        self.result.effects.append(End(left.session, self.end, Ending.LEFT))
         self._leave(stay, protocol.left(stay.name))
 
     def _lost(self, lost: Lost) -> None:
@@ -1753,7 +1751,7 @@ class Room:
         if not stay.key:
             return self._left(Left(*lost))
         self._pass(lost.time)
-        self.effects.append(End(lost.session, self.end, Ending.LEFT))
+        self.result.effects.append(End(lost.session, self.end, Ending.LEFT))
         self._hold(stay)
         return None
 
@@ -1824,7 +1822,7 @@ class Room:
         """Let the log's clock move, and end what it ends before the round counts."""
         clock = self.clock + min(max(0.0, turn.time - self.progress.last), MAX_STEP)
         now = max(self.time, turn.time)
-        self.turns.append((len(self.lines), turn.time))
+        self.result.turns.append((len(self.result.lines), turn.time))
         self.progress = Progress(now, clock, turn.number, self.servers, turn.time)
         over = []
         for name, last in self.servers.items():  # whose last round is the oldest first
@@ -1861,7 +1859,9 @@ class Room:
         for stay in [*self.stays.values()]:
             if stay.session is None or stay.session >> SERVER_BITS != name:
                 continue
-            self.effects.append(End(stay.session, self.end, Ending.REPLACED, "the server is over"))
+            self.result.effects.append(
+                End(stay.session, self.end, Ending.REPLACED, "the server is over")
+            )
             if stay.key:
                 self._hold(stay)
             else:
@@ -1870,9 +1870,10 @@ class Room:
     def _restored(self, restored: Restored) -> None:
         """Become another room; who is connected here has to come again."""
         for session in self.sessions:
-            self.effects.append(End(session, self.end, Ending.REPLACED, "the server begins anew"))
-        names = ("effects", "lines", "turns", "keeps", "is_shared")
-        kept = {name: getattr(self, name) for name in names}
+            self.result.effects.append(
+                End(session, self.end, Ending.REPLACED, "the server begins anew")
+            )
+        kept = {"result": self.result, "is_shared": self.is_shared}
         vars(self).update(vars(Room.restored(restored.state)), **kept)
 
     def _noted(self, noted: Noted) -> None:
@@ -1890,8 +1891,8 @@ class Room:
     def _said(self, said: Said) -> None:
         if said.session not in self.sessions:
             raise Gone
-        if self.keeps:
-            self.lines += said.lines
+        if self.result.keeps:
+            self.result.lines += said.lines
             self.end += len(said.lines)
         else:
             for _ in said.lines:
@@ -1909,7 +1910,7 @@ class Room:
         position, data = self.end, _encoded(line)
         self._answer(stay.session, protocol.sent_to(other.name, whispered.text))
         if other.session is not None:
-            self.effects.append(ToOne(other.session, position, data))
+            self.result.effects.append(ToOne(other.session, position, data))
         if box:
             is_offered = other.session is not None
             self.mail[box] = mail.plus(position, data, is_offered=is_offered)
@@ -1920,7 +1921,7 @@ class Room:
         self._check_name(name, stay)
         if any(ban.concerns(name, "", self.time) for ban in self.bans):
             raise Refusal(protocol.NAME_BANNED.format(name=name))
-        if not self.keeps:
+        if not self.result.keeps:
             raise Refusal(protocol.NOT_STORED)
         del self.names[protocol.fold(stay.name)], self.looks[protocol.look(stay.name)]
         self._enter(stay._replace(name=name))
@@ -1942,7 +1943,7 @@ class Room:
             raise Refusal(protocol.HAS_LEFT)
         self._put_out(other, by, kicked.reason)
         self._answer(by.session, protocol.was_put_out(other.name))
-        if not self.keeps:
+        if not self.result.keeps:
             self._answer(by.session, protocol.NOT_ANNOUNCED)
 
     def _put_out(self, stay: Stay, by: Stay, reason: str) -> None:
@@ -1951,7 +1952,9 @@ class Room:
             self._answer(stay.session, protocol.you_were_kicked(by.name, reason))
         self._leave(stay, protocol.kicked(stay.name, by.name, reason))
         if stay.session is not None:
-            self.effects.append(End(stay.session, self.end, Ending.PUT_OUT, f"kicked by {by.name}"))
+            self.result.effects.append(
+                End(stay.session, self.end, Ending.PUT_OUT, f"kicked by {by.name}")
+            )
 
     def _banned(self, banned: Banned) -> None:
         by = self._operator(banned)
@@ -1969,7 +1972,7 @@ class Room:
         whom = " and ".join(filter(None, (ban.name, ban.address)))
         line = protocol.banned(whom, ban.until, ban.reason, durable=self.durable)
         self._answer(by.session, line)
-        if not self.keeps:
+        if not self.result.keeps:
             self._answer(by.session, protocol.NOT_KEPT)
 
     def _ban(self, banned: Banned, by: Stay) -> Ban:
@@ -1993,7 +1996,7 @@ class Room:
             raise Refusal(protocol.NOT_BANNED.format(name=unbanned.name))
         self.bans = left
         self._answer(by.session, protocol.unbanned(unbanned.name))
-        if not self.keeps:
+        if not self.result.keeps:
             self._answer(by.session, protocol.NOT_KEPT)
 
     def _operator(self, entry: Kicked | Banned | Unbanned | Asked) -> Stay:
@@ -2021,15 +2024,15 @@ class Room:
     def _answered(self, answered: Answered) -> None:
         self._of(answered)
         for line in answered.lines:
-            self.effects.append(ToOne(answered.session, self.end, line))
+            self.result.effects.append(ToOne(answered.session, self.end, line))
 
     def _answer(self, session: int | None, line: str) -> None:
         if session in self.sessions:
-            self.effects.append(ToOne(session, self.end, _encoded(line)))
+            self.result.effects.append(ToOne(session, self.end, _encoded(line)))
 
     def _announce(self, line: str) -> None:
-        if self.keeps:
-            self.lines.append(line.encode())
+        if self.result.keeps:
+            self.result.lines.append(line.encode())
             self.end += 1
 
     def _of(self, entry: Any) -> Stay:
@@ -2300,7 +2303,7 @@ class Broadcaster:
         for handed, value in zip(batch, values, strict=True):
             if handed.outcome is not None:
                 handed.outcome.value = value
-        for effect in room.effects:
+        for effect in room.result.effects:
             self._carry_out(effect)
 
     def _count_out(self, batch: list[Handed]) -> None:
@@ -2578,10 +2581,10 @@ class Store:
 
     def keep(self, room: Room) -> bool:
         """Give a round's lines their positions, and keep changed bans; tell if it was possible."""
-        bans = None if room.bans == self._bans else list(room.bans)
+        result, bans = room.result, None if room.bans == self._bans else list(room.bans)
         try:
-            if room.lines or bans is not None:
-                self.history.append(room.lines, bans, room.turns)
+            if result.lines or bans is not None:
+                self.history.append(result.lines, bans, result.turns)
                 self._bans = room.bans
         except Exception as error:
             if self._works:
@@ -2589,7 +2592,7 @@ class Store:
                 log.error("cannot store what is said: %s", error, exc_info=unforeseen)
             self._works = False
             return False
-        if room.lines and not self._works:
+        if result.lines and not self._works:
             log.info("what is said is stored again")
             self._works = True
         return True
@@ -4827,7 +4830,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _fail(error, options)
         gc.freeze()  # what is loaded by now stays; looking through it held up a round for 9 ms
         _announce(server)
-        server.on_failure = functools.partial(_thread.interrupt_main, signal.SIGTERM)
+        server.history.on_failure = functools.partial(_thread.interrupt_main, signal.SIGTERM)
         if not server.history.failure:
             _wait_for_end(signals, server, options, had_terminal)
     status = 1 if server.history.failure else 0

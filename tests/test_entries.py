@@ -129,8 +129,8 @@ class Record:
         """Apply entries as one round."""
         draft = self.room.draft(keeps=keeps)
         self.outcomes += [self._outcome(draft, entry) for entry in entries]
-        self.lines += draft.lines
-        self.effects += draft.effects
+        self.lines += draft.result.lines
+        self.effects += draft.result.effects
         self.room = draft
 
     def _outcome(self, draft: Room, entry: Entry) -> Any:
@@ -141,7 +141,7 @@ class Record:
 
     def state(self) -> dict[str, Any]:
         """Return all that the room is."""
-        transient = {"lines", "effects", "keeps", "is_shared"}
+        transient = {"result", "is_shared"}
         return {name: value for name, value in vars(self.room).items() if name not in transient}
 
 

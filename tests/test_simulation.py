@@ -339,11 +339,11 @@ class Server:
             if one.outcome is not None:
                 one.outcome.value = value
                 claims.append(one.outcome)
-        for position, line in enumerate(draft.lines, self.room.end):
+        for position, line in enumerate(draft.result.lines, self.room.end):
             self.lines[position] = line
             self.world.note(position, line)
         self.room = draft
-        for effect in draft.effects:
+        for effect in draft.result.effects:
             if connection := self.sessions.get(effect.session):
                 connection.carry_out(effect)
         for connection in [*self.sessions.values()]:
@@ -862,7 +862,7 @@ def test_a_server_that_is_silent_takes_its_people_along(key: str) -> None:
     for second in range(1, 40):
         in_log(room, 1, 100.0 + second)
         assert (room.present() == ["bob"]) == (second <= gone_at)
-    assert room.lines == [b"* bob joined the chat", b"* bob left the chat"]
+    assert room.result.lines == [b"* bob joined the chat", b"* bob left the chat"]
 
 
 def test_a_private_line_waits_for_its_reader_until_it_is_confirmed() -> None:
@@ -876,7 +876,7 @@ def test_a_private_line_waits_for_its_reader_until_it_is_confirmed() -> None:
         room.apply(Whispered(other, first, text))
     room.apply(Got(first, 1))
     room.apply(Claim(second, Introduction("bob", whispers=2, key="k1"), "192.0.2.1", 0.0))
-    begin = next(e for e in room.effects if isinstance(e, Begin) and e.session == second)
+    begin = next(e for e in room.result.effects if isinstance(e, Begin) and e.session == second)
     assert [line for _, line in begin.mail] == [b"[from ann] three\n"]
     assert (begin.whispers, begin.missed_private) == (2, 0)
     room.apply(Got(second, 3))
@@ -917,7 +917,7 @@ def test_a_room_comes_back_from_its_state() -> None:
         in_log(one, 1, 101.0, Renamed(ann, "anna"))
         in_log(one, 1, 120.0)
     assert other.state() == room.state()
-    assert other.lines == room.lines[-len(other.lines) :]
+    assert other.result.lines == room.result.lines[-len(other.result.lines) :]
     assert (other.names, other.looks, other.keys) == (room.names, room.looks, room.keys)
 
 
