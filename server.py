@@ -201,6 +201,15 @@ class Limits(NamedTuple):
     name_deadline: float = 30.0  # seconds for name, password and TLS handshake together
     rate_limit: float = 5.0  # lines a second for each client after `BURST` at once; 0: no limit
 
+    def __str__(self) -> str:
+        rate = f"{self.rate_limit:g} {'line' if self.rate_limit == 1 else 'lines'} a second"
+        return (
+            f"{self.max_clients} in the room,"
+            f" {self.max_per_address} from one address but loopback,"
+            f" {self.max_unnamed} without a name, {self.name_deadline:g} s to give one,"
+            f" {rate if self.rate_limit else 'no limit of lines'}"
+        )
+
 
 class ChatServer:
     """The door of the room: listens, and gives each connection its thread.
@@ -4990,7 +4999,8 @@ def _descriptors(wanted: int) -> int:
 
 
 def _announce(server: ChatServer) -> None:
-    """Log where friends can reach a room that is open to the network, and what it lacks."""
+    """Log the limits in force, and where friends can reach an open room and what it lacks."""
+    log.info("limits: %s", server.limits)
     host = ipaddress.ip_address(server.host.partition("%")[0].removeprefix("::ffff:"))
     if host.is_loopback:
         return

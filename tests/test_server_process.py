@@ -350,6 +350,35 @@ def test_the_log_file_gets_what_the_console_gets(tmp_path: Path) -> None:
         assert "alice" in server.log()
 
 
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        (
+            "",
+            "1000 in the room, 50 from one address but loopback, 64 without a name,"
+            " 30 s to give one, 5 lines a second",
+        ),
+        (
+            "--max-clients=9 --max-per-address=3 --max-unnamed=7"
+            " --name-deadline=2.5 --rate-limit=1",
+            "9 in the room, 3 from one address but loopback, 7 without a name,"
+            " 2.5 s to give one, 1 line a second",
+        ),
+        (
+            "--rate-limit=0",
+            "1000 in the room, 50 from one address but loopback, 64 without a name,"
+            " 30 s to give one, no limit of lines",
+        ),
+    ],
+)
+def test_the_limits_in_force_are_told(options: str, limits: str) -> None:
+    """The log says at the start, in one line, what one client, one address and all may take."""
+    with run_server(*options.split()) as server:
+        server.expect_log(f"INFO limits: {re.escape(limits)}\n")
+        assert server.stop() == 0
+        assert server.log().count("limits:") == 1
+
+
 @contextlib.contextmanager
 def console(*options: str) -> Iterator[tuple[IO[bytes], int, Peer]]:
     """Run a talkative server; give its console, a pipe, its port, and alice, who sees it end."""
@@ -452,6 +481,7 @@ def test_few_descriptors_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Peer(server.port).introduce("late").expect(protocol.ROOM_FULL)
         silent[0].send("late").expect(protocol.ROOM_FULL)
         assert "cannot accept" not in server.log()
+        server.expect_log(f"limits: {clients} in the room, .*, {unnamed} without a name, ")
 
 
 @pytest.mark.parametrize("count", [8, 16, 33])
