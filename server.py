@@ -28,6 +28,7 @@ Who touches what:
     accept              the listener
     any                 who is connected, from where (Connections)           its lock
                         what is used up (Allowances), guessed (Secret)       its lock
+                        who was refused, and why (Refusals)                  its lock
     a client's own      Client: what has come and is not said yet
     any                 entries on their way (EntryLog)                      its lock
                         what waits for one client, and its end (Gate)        its lock
@@ -160,6 +161,7 @@ READ_ALL = 60.0  # seconds that reading or writing very much may take
 LOCK = 1_128_816_980  # "Chat", for what only one server does at a time
 # On the console.
 MAX_RECORDS = 10_000  # of the log, waiting to be written; more are dropped
+SUMMARY = 60.0  # seconds, the minute in its line: soon enough to act, and 1440 lines a day at most
 SPARE_DESCRIPTORS = 32  # kept free for the listener, the log and the broadcaster
 
 log = logging.getLogger("chat")
@@ -187,6 +189,11 @@ class Farewell(Exception):
         super().__init__(reason)
         self.line = line
         self.for_good = for_good
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether somebody is told why it has to go; who leaves of its own will is not."""
+        return bool(self.line) and not self.for_good
 
 
 # --- The server --------------------------------------------------------------
@@ -247,6 +254,7 @@ class ChatServer:
             opened.callback(self.broadcaster.close)
             self._waker = Waker()
             opened.pop_all()
+        self.refusals = Refusals()
         self.connections = Connections(self.limits)
         self.allowances = Allowances(self.limits.rate_limit)
         self.stopping = threading.Event()
@@ -357,6 +365,7 @@ class ChatServer:
         try:
             threading.Thread(target=self.handle, args=[client], daemon=True).start()
         except BaseException:
+            self.refusals.add("the server is busy")
             with contextlib.suppress(OSError):
                 client.connection.send(_encoded(protocol.BUSY))
             self.connections.remove(client)
@@ -642,6 +651,27 @@ class Secret:
         self._waiting = +self._waiting
 
 
+class Refusals:
+    """How many were refused since it was last told, and why; any thread, under its lock."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()  # by reason, in words of ours: they are few
+        self._lock = threading.Lock()  # guards it
+
+    def add(self, reason: str) -> None:
+        """Count one more."""
+        with self._lock:
+            self._counts[reason] += 1
+
+    def tell(self) -> None:
+        """Log what was counted, if anything was, the most frequent first, and begin anew."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        if counts:
+            told = [f"{reason} ({count})" for reason, count in counts.most_common()]
+            log.info("refused in the last minute: %s", ", ".join(told))
+
+
 def network(host: str, own: str) -> str:
     """Return what counts as one address: an IPv6 /64 is, unless it is link-local or our `own`."""
     if ":" not in host:
@@ -742,6 +772,7 @@ class Client:
             try:
                 return self._claim(protocol.introduction(protocol.decode(line, self.server.fmt)))
             except Refusal as refusal:
+                self.server.refusals.add("a name refused")
                 self.connection.send(_encoded(protocol.answer(str(refusal))))
         raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
 
@@ -764,6 +795,7 @@ class Client:
             if is_right:
                 return
             log.warning("%s gave a wrong password", self)
+            self.server.refusals.add("a wrong password")
             self.gate.pause(WRONG_DELAY)
             if left:
                 self.connection.send(_encoded(protocol.WRONG_PASSWORD))
@@ -777,7 +809,8 @@ class Client:
         nobody = str(self.session)  # who has passed before
         try:
             return self._check(self.server.op_password, protocol.password_bytes(given), nobody)
-        except Farewell:
+        except Farewell as farewell:
+            self.server.refusals.add(str(farewell))
             raise Refusal(protocol.TOO_MANY_GUESSES) from None
 
     def _next_line(self, deadline: float) -> bytes:
@@ -954,6 +987,7 @@ class Client:
 
     def part(self, farewell: Farewell) -> None:
         """Leave the room if in it, send the last line, and let the other end close first."""
+        self._count(farewell)
         if self.name:
             self.server.allowances.end(self._stay, self.address, self._allowance)
             self._leave(farewell)
@@ -962,6 +996,14 @@ class Client:
                 self.connection.send(_encoded(farewell.line))
         log.info("%s left: %s", self, self.output.reason or farewell)
         self.connection.drain(time.monotonic() + LINGER)
+
+    def _count(self, farewell: Farewell) -> None:
+        """Count somebody who was refused or turned away."""
+        reason = "" if self.name else self.output.reason.partition(";")[0]
+        if farewell.is_refusal:
+            reason = str(farewell).partition(":")[0]  # without what TLS has to say of itself
+        if reason:
+            self.server.refusals.add(reason)
 
     def _leave(self, farewell: Farewell) -> None:
         """Hand in the end, and wait until the broadcaster has let go of the socket.
@@ -2782,10 +2824,12 @@ def _op(client: Client, argument: str) -> list[str] | None:
     if client.server.op_password.text is None:
         return [protocol.NO_OPERATORS]
     if client.wrong_passwords >= TRIES:
+        client.server.refusals.add("too many operator passwords")
         return [protocol.NO_MORE_OP_TRIES]
     if not client.gives_op_password(argument):
         client.wrong_passwords += 1
         log.warning("%s gave a wrong operator password", client)
+        client.server.refusals.add("a wrong operator password")
         client.gate.pause(WRONG_DELAY)
         return [protocol.WRONG_PASSWORD]
     client.promote()
@@ -4779,7 +4823,7 @@ def _wait_for_end(
     signals: socket.socket, server: ChatServer, options: argparse.Namespace, had_terminal: bool
 ) -> None:
     """Wait for a signal that ends the server; with SIGHUP it takes its files anew."""
-    while signals.recv(1)[0] == getattr(signal, "SIGHUP", None):
+    while _next_signal(signals, server.refusals) == getattr(signal, "SIGHUP", None):
         if had_terminal and not _has_terminal():
             log.info("the terminal is gone")
             return
@@ -4787,6 +4831,22 @@ def _wait_for_end(
             threading.Thread(target=_renew, args=[server, options], daemon=True).start()
         except RuntimeError as error:
             log.error("cannot take the files anew: %s; send SIGHUP again", error)
+
+
+def _next_signal(signals: socket.socket, refusals: Refusals) -> int:
+    """Return the number of the next signal; meanwhile tell each minute who was refused.
+
+    That is told before the signal is obeyed too: whom the end of the server sends away
+    was not refused.
+    """
+    signals.settimeout(SUMMARY)
+    while True:
+        try:
+            return signals.recv(1)[0]
+        except TimeoutError:
+            pass  # time for a summary
+        finally:
+            refusals.tell()
 
 
 def _has_terminal() -> bool:
