@@ -28,6 +28,7 @@ Who touches what:
     accept              the listener
     any                 who is connected, from where (Connections)           its lock
                         what is used up (Allowances), guessed (Secret)       its lock
+                        who was refused, and why (Refusals)                  its lock
     a client's own      Client: what has come and is not said yet
     any                 entries on their way (EntryLog)                      its lock
                         what waits for one client, and its end (Gate)        its lock
@@ -163,6 +164,7 @@ READ_ALL = 60.0  # seconds that reading or writing very much may take
 LOCK = 1_128_816_980  # "Chat", for what only one server does at a time
 # On the console.
 MAX_RECORDS = 10_000  # of the log, waiting to be written; more are dropped
+SUMMARY = 60.0  # seconds, the minute in its line: soon enough to act, and 1440 lines a day at most
 SPARE_DESCRIPTORS = 32  # kept free for the listener, the log and the broadcaster
 
 log = logging.getLogger("chat")
@@ -191,6 +193,11 @@ class Farewell(Exception):
         self.line = line
         self.for_good = for_good
 
+    @property
+    def is_refusal(self) -> bool:
+        """Whether somebody is told why it has to go; who leaves of its own will is not."""
+        return bool(self.line) and not self.for_good
+
 
 # --- The server --------------------------------------------------------------
 
@@ -203,6 +210,15 @@ class Limits(NamedTuple):
     max_unnamed: int = 64  # connections that are not in the room yet
     name_deadline: float = 30.0  # seconds for name, password and TLS handshake together
     rate_limit: float = 5.0  # lines a second for each client after `BURST` at once; 0: no limit
+
+    def __str__(self) -> str:
+        rate = f"{self.rate_limit:g} {'line' if self.rate_limit == 1 else 'lines'} a second"
+        return (
+            f"{self.max_clients} in the room,"
+            f" {self.max_per_address} from one address but loopback,"
+            f" {self.max_unnamed} without a name, {self.name_deadline:g} s to give one,"
+            f" {rate if self.rate_limit else 'no limit of lines'}"
+        )
 
 
 class ChatServer:
@@ -241,6 +257,7 @@ class ChatServer:
             opened.callback(self.broadcaster.close)
             self._waker = Waker()
             opened.pop_all()
+        self.refusals = Refusals()
         self.connections = Connections(self.limits)
         self.allowances = Allowances(self.limits.rate_limit)
         self.stopping = threading.Event()
@@ -360,6 +377,7 @@ class ChatServer:
         try:
             threading.Thread(target=self.handle, args=[client], daemon=True).start()
         except BaseException:
+            self.refusals.add("the server is busy")
             with contextlib.suppress(OSError):
                 client.connection.send(_encoded(protocol.BUSY))
             self.connections.remove(client)
@@ -645,6 +663,27 @@ class Secret:
         self._waiting = +self._waiting
 
 
+class Refusals:
+    """How many were refused since it was last told, and why; any thread, under its lock."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()  # by reason, in words of ours: they are few
+        self._lock = threading.Lock()  # guards it
+
+    def add(self, reason: str) -> None:
+        """Count one more."""
+        with self._lock:
+            self._counts[reason] += 1
+
+    def tell(self) -> None:
+        """Log what was counted, if anything was, the most frequent first, and begin anew."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        if counts:
+            told = [f"{reason} ({count})" for reason, count in counts.most_common()]
+            log.info("refused in the last minute: %s", ", ".join(told))
+
+
 def network(host: str, own: str) -> str:
     """Return what counts as one address: an IPv6 /64 is, unless it is link-local or our `own`."""
     if ":" not in host:
@@ -745,6 +784,7 @@ class Client:
             try:
                 return self._claim(protocol.introduction(protocol.decode(line, self.server.fmt)))
             except Refusal as refusal:
+                self.server.refusals.add("a name refused")
                 self.connection.send(_encoded(protocol.answer(str(refusal))))
         raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
 
@@ -767,6 +807,7 @@ class Client:
             if is_right:
                 return
             log.warning("%s gave a wrong password", self)
+            self.server.refusals.add("a wrong password")
             self.gate.pause(WRONG_DELAY)
             if left:
                 self.connection.send(_encoded(protocol.WRONG_PASSWORD))
@@ -780,7 +821,8 @@ class Client:
         nobody = str(self.session)  # who has passed before
         try:
             return self._check(self.server.op_password, protocol.password_bytes(given), nobody)
-        except Farewell:
+        except Farewell as farewell:
+            self.server.refusals.add(str(farewell))
             raise Refusal(protocol.TOO_MANY_GUESSES) from None
 
     def _next_line(self, deadline: float) -> bytes:
@@ -957,6 +999,7 @@ class Client:
 
     def part(self, farewell: Farewell) -> None:
         """Leave the room if in it, send the last line, and let the other end close first."""
+        self._count(farewell)
         if self.name:
             self.server.allowances.end(self._stay, self.address, self._allowance)
             self._leave(farewell)
@@ -965,6 +1008,14 @@ class Client:
                 self.connection.send(_encoded(farewell.line))
         log.info("%s left: %s", self, self.output.reason or farewell)
         self.connection.drain(time.monotonic() + LINGER)
+
+    def _count(self, farewell: Farewell) -> None:
+        """Count somebody who was refused or turned away."""
+        reason = "" if self.name else self.output.reason.partition(";")[0]
+        if farewell.is_refusal:
+            reason = str(farewell).partition(":")[0]  # without what TLS has to say of itself
+        if reason:
+            self.server.refusals.add(reason)
 
     def _leave(self, farewell: Farewell) -> None:
         """Hand in the end, and wait until the broadcaster has let go of the socket.
@@ -2814,10 +2865,12 @@ def _op(client: Client, argument: str) -> list[str] | None:
     if client.server.op_password.text is None:
         return [protocol.NO_OPERATORS]
     if client.wrong_passwords >= TRIES:
+        client.server.refusals.add("too many operator passwords")
         return [protocol.NO_MORE_OP_TRIES]
     if not client.gives_op_password(argument):
         client.wrong_passwords += 1
         log.warning("%s gave a wrong operator password", client)
+        client.server.refusals.add("a wrong operator password")
         client.gate.pause(WRONG_DELAY)
         return [protocol.WRONG_PASSWORD]
     client.promote()
@@ -4866,7 +4919,7 @@ def _wait_for_end(
     signals: socket.socket, server: ChatServer, options: argparse.Namespace, had_terminal: bool
 ) -> None:
     """Wait for a signal that ends the server; with SIGHUP it takes its files anew."""
-    while signals.recv(1)[0] == getattr(signal, "SIGHUP", None):
+    while _next_signal(signals, server.refusals) == getattr(signal, "SIGHUP", None):
         if had_terminal and not _has_terminal():
             log.info("the terminal is gone")
             return
@@ -4874,6 +4927,22 @@ def _wait_for_end(
             threading.Thread(target=_renew, args=[server, options], daemon=True).start()
         except RuntimeError as error:
             log.error("cannot take the files anew: %s; send SIGHUP again", error)
+
+
+def _next_signal(signals: socket.socket, refusals: Refusals) -> int:
+    """Return the number of the next signal; meanwhile tell each minute who was refused.
+
+    That is told before the signal is obeyed too: whom the end of the server sends away
+    was not refused.
+    """
+    signals.settimeout(SUMMARY)
+    while True:
+        try:
+            return signals.recv(1)[0]
+        except TimeoutError:
+            pass  # time for a summary
+        finally:
+            refusals.tell()
 
 
 def _has_terminal() -> bool:
@@ -5086,7 +5155,8 @@ def _descriptors(wanted: int) -> int:
 
 
 def _announce(server: ChatServer) -> None:
-    """Log where friends can reach a room that is open to the network, and what it lacks."""
+    """Log the limits in force, and where friends can reach an open room and what it lacks."""
+    log.info("limits: %s", server.limits)
     host = ipaddress.ip_address(server.host.partition("%")[0].removeprefix("::ffff:"))
     if host.is_loopback:
         return

@@ -121,7 +121,8 @@ def without_threads(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[obje
 def test_a_thread_that_cannot_start_costs_one_connection(
     room: ChatServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who cannot be served is told so and closed; the room goes on and the next one is served."""
+    """Who cannot be served is told so, counted and closed; the room goes on with the next one."""
+    caplog.set_level("INFO", "chat")
     alice = Peer(room.port).join("alice")
     failed = without_threads(monkeypatch, failures=3)
     for _ in range(3):
@@ -132,6 +133,8 @@ def test_a_thread_that_cannot_start_costs_one_connection(
     Peer(room.port).join("bob")
     alice.expect("* bob joined the chat")
     assert caplog.text.count("cannot accept") == 1
+    room.refusals.tell()
+    assert "refused in the last minute: the server is busy (3)" in caplog.messages
 
 
 def test_a_thread_that_cannot_start_for_who_is_gone_leaks_nothing(

@@ -28,6 +28,8 @@ import protocol
 import server as server_module
 from server import ChatServer, Said
 
+REFUSED = "refused in the last minute: "
+
 # --- Who gets in -------------------------------------------------------------
 
 
@@ -45,8 +47,11 @@ def test_a_full_room_lets_nobody_in() -> None:
         alice.expect("* carol joined the chat")
 
 
-def test_an_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One too many from an address is told so; other addresses are let in."""
+def test_an_address_has_so_many_connections(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One too many from an address is told so, and counted; other addresses are let in."""
+    caplog.set_level("INFO", "chat")
     monkeypatch.setattr(server_module, "_is_loopback", lambda host: False)
     with run_chat(max_per_address=2) as server:
         alice = Peer(server.port).join("alice")
@@ -62,6 +67,8 @@ def test_an_address_has_so_many_connections(monkeypatch: pytest.MonkeyPatch) -> 
         wait_until(lambda: len(server.clients) == 2, "the others to be gone")
         Peer(server.port).join("carol")
         alice.expect("* carol joined the chat")
+        server.refusals.tell()
+    assert f"{REFUSED}too many connections from its address (1)" in caplog.messages
 
 
 def test_loopback_has_no_limit_of_its_own() -> None:
@@ -696,6 +703,27 @@ def test_wrong_passwords_slow_each_other_down(monkeypatch: pytest.MonkeyPatch) -
         other.send("right")
         other.expect_eventually("* other joined the chat")
         assert delays == [0.0]
+
+
+def test_so_many_guesses_wait_for_an_address(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One guess too many is refused, at the door and in the room, and counted."""
+    caplog.set_level("INFO", "chat")
+    monkeypatch.setattr(server_module, "WRONG_DELAY", 0.0)
+    monkeypatch.setattr(server_module, "MAX_GUESSING", 0)
+    with run_chat(password="right", op_password="right") as server:
+        alice = Peer(server.port).introduce("alice").send("right")
+        alice.expect_eventually("* alice joined the chat")
+        alice.send("/op wrong", "/op wrong")
+        alice.expect(protocol.WRONG_PASSWORD, protocol.not_sent(protocol.TOO_MANY_GUESSES))
+        guesser = Peer(server.port).introduce("guesser").send("wrong", "wrong")
+        assert guesser.rest()[-1] == protocol.ADDRESS_FULL
+        server.refusals.tell()
+    assert (
+        f"{REFUSED}too many passwords from its address (2),"
+        " a wrong operator password (1), a wrong password (1)"
+    ) in caplog.messages
 
 
 def test_who_has_passed_is_not_slowed_by_others_guesses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,10 +58,11 @@ def test_a_conversation_and_its_console() -> None:
             assert re.search(rf"INFO {name} \(127\.0\.0\.1:\d+\) joined\n", log)
         assert "hello" not in log
         assert "psst" not in log
+        assert "refused" not in log
 
 
 def test_the_console_shows_refusals() -> None:
-    """Who was not let in, and why, stands on the console."""
+    """Who was not let in, and why, stands on the console, and in the end how many."""
     with run_server("--max-clients", "1", "--name-deadline", "1") as server:
         Peer(server.port).join("alice")
         Peer(server.port).send("bob")
@@ -70,6 +71,7 @@ def test_the_console_shows_refusals() -> None:
         server.expect_log(r"unnamed \(127\.0\.0\.1:\d+\) left: speaks HTTP\n")
         Peer(server.port)
         server.expect_log(r"unnamed \(127\.0\.0\.1:\d+\) left: no name in time\n")
+        expect_refused(server, the_room_is_full=1, speaks_HTTP=1, no_name_in_time=1)
 
 
 def test_verbose_logs_what_is_said_and_only_printably() -> None:
@@ -350,6 +352,175 @@ def test_the_log_file_gets_what_the_console_gets(tmp_path: Path) -> None:
         assert "alice" in server.log()
 
 
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        (
+            "",
+            "1000 in the room, 50 from one address but loopback, 64 without a name,"
+            " 30 s to give one, 5 lines a second",
+        ),
+        (
+            "--max-clients=9 --max-per-address=3 --max-unnamed=7"
+            " --name-deadline=2.5 --rate-limit=1",
+            "9 in the room, 3 from one address but loopback, 7 without a name,"
+            " 2.5 s to give one, 1 line a second",
+        ),
+        (
+            "--rate-limit=0",
+            "1000 in the room, 50 from one address but loopback, 64 without a name,"
+            " 30 s to give one, no limit of lines",
+        ),
+    ],
+)
+def test_the_limits_in_force_are_told(options: str, limits: str) -> None:
+    """The log says at the start, in one line, what one client, one address and all may take."""
+    with run_server(*options.split()) as server:
+        server.expect_log(f"INFO limits: {re.escape(limits)}\n")
+        assert server.stop() == 0
+        assert server.log().count("limits:") == 1
+
+
+# --- What was refused --------------------------------------------------------
+
+
+def refused(server: Server) -> list[dict[str, int]]:
+    """Return what each summary in the log says, by reason."""
+    told = re.findall(r"INFO refused in the last minute: (.*)\n", server.log())
+    counts = [re.findall(r"([^,(]+) \((\d+)\)(?:, |$)", summary) for summary in told]
+    assert len(told) == server.log().count("refused in")
+    return [{reason: int(count) for reason, count in summary} for summary in counts]
+
+
+def test_what_was_refused_is_summed_up_while_it_is_refused() -> None:
+    """Now and then one line counts who was refused since the last; without any there is none."""
+    with run_server("--max-clients", "1", SUMMARY=0.1) as server:
+        Peer(server.port).join("alice")
+        Peer(server.port).introduce("bob").expect(protocol.ROOM_FULL)
+        server.expect_log(r"refused in the last minute: the room is full \(1\)\n")
+        for _ in range(2):
+            Peer(server.port).send_raw(b"GET / HTTP/1.1\r\n\r\n")
+        server.expect_log(r"(?s)(speaks HTTP \(1\)\n.*){2}|speaks HTTP \(2\)\n")
+        close_peers()
+        assert server.stop() == 0
+        first, *others = refused(server)
+        assert first == {"the room is full": 1}
+        assert others in ([{"speaks HTTP": 2}], [{"speaks HTTP": 1}] * 2)
+
+
+def test_what_was_refused_is_told_before_the_end() -> None:
+    """A server that ends tells before what it has not told yet, the most frequent first."""
+    with run_server("--max-clients", "1") as server:
+        Peer(server.port).join("alice")
+        Peer(server.port).send_raw(b"GET / HTTP/1.1\r\n\r\n").rest()
+        for _ in range(3):
+            Peer(server.port).introduce("bob").expect(protocol.ROOM_FULL)
+        silent = Peer(server.port)
+        silent.expect("NICK")
+        server.ask_to_end()
+        silent.expect(protocol.SHUTTING_DOWN)  # the end refuses nobody
+        close_peers()
+        assert server.wait() == 0
+        assert re.search(
+            r"INFO refused in the last minute: the room is full \(3\), speaks HTTP \(1\)\n"
+            r"(?s:.*)INFO stopped\n$",
+            server.log(),
+        )
+        assert len(refused(server)) == 1
+
+
+def test_a_hangup_tells_what_was_refused_and_begins_anew() -> None:
+    """With SIGHUP a log that is rotated gets what was refused before."""
+    with run_server("--max-clients", "1") as server:
+        Peer(server.port).join("alice")
+        for summary in range(1, 3):
+            Peer(server.port).introduce("bob").expect(protocol.ROOM_FULL)
+            server.ask_to_end(signal.SIGHUP)
+            server.expect_log(rf"(?s)(the room is full \(1\)\n.*){{{summary}}}")
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Server]:
+    """A server of three people with passwords, which sums up only when it ends."""
+    options = []
+    for option in "--password-file", "--op-password-file":
+        file = tmp_path / option
+        file.write_text(f"right {option}\n")
+        options += [option, str(file)]
+    options += ["--max-clients", "3", "--max-unnamed", "2"]
+    with run_server(*options, SUMMARY=3600.0, WRONG_DELAY=0.001) as server:
+        yield server
+
+
+def let_in(server: Server, name: str) -> Peer:
+    """Return somebody who has given a name and the right password."""
+    peer = Peer(server.port).introduce(name)
+    peer.expect("PASS")
+    return peer.send("right --password-file")
+
+
+def expect_refused(server: Server, **counts: int) -> None:
+    """End a server and expect it to have told so many refusals, by reason."""
+    close_peers()
+    assert server.stop() == 0
+    assert refused(server) == [{reason.replace("_", " "): n for reason, n in counts.items()}]
+
+
+def test_refused_passwords_are_counted(guarded: Server) -> None:
+    """Each wrong password counts, and each connection that gave no right one; operators' too."""
+    for _ in range(2):
+        guesser = Peer(guarded.port).introduce("guesser").send("1", "2", "3")
+        assert guesser.rest()[-1] == protocol.NO_MORE_PASSWORDS
+    alice = let_in(guarded, "alice")
+    alice.expect_eventually("* alice joined the chat")
+    alice.send("/op 1", "/op 2", "/op 3", "/op 4")
+    alice.expect(*[protocol.WRONG_PASSWORD] * 3, protocol.NO_MORE_OP_TRIES)
+    expect_refused(
+        guarded,
+        a_wrong_password=6,
+        no_right_password=2,
+        a_wrong_operator_password=3,
+        too_many_operator_passwords=1,
+    )
+
+
+def test_refused_names_are_counted(guarded: Server) -> None:
+    """Each name that was refused counts, each connection out of tries, and who is banned."""
+    bob = let_in(guarded, "bob")
+    bob.expect_eventually("* bob joined the chat")
+    alice = let_in(guarded, "alice")
+    alice.expect_eventually("* alice joined the chat")
+    alice.send("/op right --op-password-file", "/ban bob")
+    bob.rest()
+    assert let_in(guarded, "bob").rest()[-1].startswith("-> you are banned by alice")
+    nobody = let_in(guarded, "server").send("alice", "1")
+    assert nobody.rest()[-1] == protocol.NO_MORE_TRIES
+    expect_refused(guarded, banned=1, a_name_refused=3, no_name_that_it_can_have=1)
+
+
+def test_who_speaks_something_else_is_counted(guarded: Server) -> None:
+    """Other protocols and endless lines are counted, at the door and in the room."""
+    for data in b"GET / HTTP/1.1\r\n\r\n", b"SSH-2.0-x\r\n", b"x" * 66_000:
+        Peer(guarded.port).send_raw(data).rest()
+    alice = let_in(guarded, "alice")
+    alice.expect_eventually("* alice joined the chat")
+    assert alice.send_raw(b"x" * 66_000).rest()[-1] == protocol.UNFRAMED
+    guarded.expect_log(r"alice .* left: speaks no lines\n")
+    expect_refused(guarded, speaks_HTTP=1, speaks_SSH=1, speaks_no_lines=2)
+
+
+def test_who_is_turned_away_is_counted_once(guarded: Server) -> None:
+    """One without a name too many is counted; who leaves without one, or quits, is not."""
+    for name in "alice", "bob":
+        let_in(guarded, name).send("/quit").rest()
+    silent = [Peer(guarded.port) for _ in range(3)]
+    assert silent[0].rest()[-1] == protocol.TOO_MANY_UNNAMED
+    guarded.expect_log(r"left: too many connections without a name")
+    silent[1].end_input().rest()
+    guarded.expect_log(r"left: left without a name\n")
+    expect_refused(guarded, too_many_connections_without_a_name=1)
+
+
 @contextlib.contextmanager
 def console(*options: str) -> Iterator[tuple[IO[bytes], int, Peer]]:
     """Run a talkative server; give its console, a pipe, its port, and alice, who sees it end."""
@@ -452,6 +623,7 @@ def test_few_descriptors_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Peer(server.port).introduce("late").expect(protocol.ROOM_FULL)
         silent[0].send("late").expect(protocol.ROOM_FULL)
         assert "cannot accept" not in server.log()
+        server.expect_log(f"limits: {clients} in the room, .*, {unnamed} without a name, ")
 
 
 @pytest.mark.parametrize("count", [8, 16, 33])

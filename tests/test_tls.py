@@ -159,12 +159,14 @@ def test_old_tls_is_refused(certificate: Certificate) -> None:
 
 
 def test_plain_client_at_a_tls_port(room: ChatServer, caplog: pytest.LogCaptureFixture) -> None:
-    """Plain text on a TLS port is answered with one plain line, and logged."""
+    """Plain text on a TLS port is answered with one plain line, logged, and counted."""
     caplog.set_level("INFO", "chat")
     nobody = Peer(room.port)
     nobody.send("hello")
     assert nobody.rest() == ["-> this chat speaks TLS; connect with --tls"]
     wait_until(lambda: "no TLS" in caplog.text, "the log")
+    room.refusals.tell()
+    assert "refused in the last minute: no TLS (1)" in caplog.messages
 
 
 def test_plain_client_that_waits_at_a_tls_port(certificate: Certificate) -> None:
