@@ -243,7 +243,6 @@ class ChatServer:
         op_password: str | None = None,
         **limits: float,
     ) -> None:
-        self.fmt = fmt
         self.tls = tls
         self.password = Secret(password)
         self.op_password = Secret(op_password)
@@ -782,7 +781,7 @@ class Client:
                 self._ask_password(deadline, _hashed_key(line))
                 is_trusted = True
             try:
-                return self._claim(protocol.introduction(protocol.decode(line, self.server.fmt)))
+                return self._claim(protocol.introduction(protocol.decode(line, self.server.history.fmt)))
             except Refusal as refusal:
                 self.server.refusals.add("a name refused")
                 self.connection.send(_encoded(protocol.answer(str(refusal))))
@@ -899,7 +898,7 @@ class Client:
         said: list[bytes] = []
         for line in lines:
             try:
-                text = protocol.readable(line, self._prefix, self.server.fmt)
+                text = protocol.readable(line, self._prefix, self.server.history.fmt)
             except Refusal as refusal:
                 said = self._say(said)
                 self.answer(protocol.not_sent(refusal))
@@ -2737,7 +2736,7 @@ def command(verb: str) -> Callable[[Command], Command]:
 
 def obey(client: Client, line: bytes) -> None:
     """Run a command; answer one that is unknown or misused with what would be right."""
-    verb, argument = protocol.command(line.decode(client.server.fmt)) or ("", "")
+    verb, argument = protocol.command(line.decode(client.server.history.fmt)) or ("", "")
     verb = protocol.ALIASES.get(verb, verb)
     try:
         client.answer(*_run(client, verb, argument) or ())
@@ -2789,7 +2788,7 @@ def _names(client: Client, argument: str) -> None:
 def _me(client: Client, argument: str) -> None:
     if protocol.is_blank(argument):
         raise Usage
-    line = protocol.did(client.name, argument).encode(client.server.fmt)
+    line = protocol.did(client.name, argument).encode(client.server.history.fmt)
     client.broadcast(Said(client.session, [line]))
 
 
