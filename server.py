@@ -781,7 +781,8 @@ class Client:
                 self._ask_password(deadline, _hashed_key(line))
                 is_trusted = True
             try:
-                return self._claim(protocol.introduction(protocol.decode(line, self.server.history.fmt)))
+                text = protocol.decode(line, self.server.history.fmt)
+                return self._claim(protocol.introduction(text))
             except Refusal as refusal:
                 self.server.refusals.add("a name refused")
                 self.connection.send(_encoded(protocol.answer(str(refusal))))

@@ -212,14 +212,18 @@ class Peer:
 
     def has(self, line: str) -> bool:
         """Tell whether this line is the next, and there already, without taking it."""
+        return self.arrived().startswith(line.encode() + b"\n")
+
+    def arrived(self) -> bytes:
+        """Return what is there already, without taking it; not inside TLS."""
         data = b""
         if select.select([self.sock], [], [], 0)[0]:
             with contextlib.suppress(OSError):
                 data = self.sock.recv(65536, socket.MSG_PEEK)
-        return (self.unread() + data).startswith(line.encode() + b"\n")
+        return self.unread() + data
 
     def unread(self) -> bytes:
-        """Return what has come and was not taken."""
+        """Return what was read from the socket and not taken."""
         return b"\n".join([*self._lines, self._input])
 
     def expect_closed(self) -> None:

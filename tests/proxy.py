@@ -73,9 +73,9 @@ class Link:
         target = self.server if direction is UP else self.client
         fault = self.fault if self.fault and self.fault.direction is direction else None
         allowed = fault.after - self.passed[direction] if fault else len(data)
+        self.passed[direction] += len(data[:allowed])  # before somebody who gets them looks
         with suppress(OSError):  # its other end has gone
             target.sendall(data[:allowed])
-        self.passed[direction] += len(data[:allowed])
         if fault and allowed <= len(data):
             self.end(fault.how)
 

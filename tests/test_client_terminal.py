@@ -425,8 +425,8 @@ def test_paste_of_several_lines(terminal: Terminal, bob: Peer) -> None:
     bob.expect("alice: one", "alice: two two", "alice: three")
     terminal.wait_for("alice: three")
     terminal.wait_for(prompts(""))
-    shown = [line for line in terminal.screen.text().split("\n") if "alice" in line][-4:]
-    assert shown[:3] == ["alice: one", "alice: two two", "alice: three"]
+    shown = re.findall("^alice: .*", terminal.screen.text(), re.MULTILINE)
+    assert shown == ["alice: one", "alice: two two", "alice: three"]
     for text in ("one", "two two", "three"):
         assert len(re.findall(rf"\b{text}$", terminal.screen.text(), re.MULTILINE)) == 1
     assert terminal.screen.unsupported == []

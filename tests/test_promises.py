@@ -113,6 +113,7 @@ def killed_again_and_again(file: Path, rounds: int) -> int:
                 if said[name] and chance.random() < 0.7:
                     chats[name][1].wait_for(f"{name}: {said[name][mark]}")
                 threading.Event().wait(chance.uniform(0.0, 0.03))
+                proxy.server = 0  # its port may be another server's as soon as it is dead
                 process.stop_now()
                 witness.note()
             kept = stored(file)
@@ -572,9 +573,10 @@ def test_memory_of_a_client_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
         # Answers that are not read fill the outbox; then short commands that are not looked at
         # any more, and a line that does not end.
         greed = b"/history 50\n" * 120 + b"/a\n" * 60_000 + b"unfinished"
-        stuck = [Peer(process.port, buffer=4096) for _ in range(count)]
-        for number, peer in enumerate(stuck):
-            peer.introduce(f"greedy{number}")
+        stuck = []
+        for number in range(count):  # one by one: too many without a name would be turned away
+            stuck.append(Peer(process.port, buffer=4096).introduce(f"greedy{number}"))
+            stuck[-1].expect_match("-> Welcome, .*")
         with ThreadPoolExecutor(count) as pool:
             taken = list(pool.map(lambda peer: peer.send_until_blocked(greed, 1.0), stuck))
         assert max(taken) < len(greed), "the server took all of it"
