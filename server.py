@@ -157,7 +157,7 @@ POINT_LINES = 20_000  # lines after which it is: less than may be in memory alon
 POINT_SECONDS = 60.0  # seconds after which it is, while private text may stand behind it
 POINT_PAGE = 5000  # lines put into the table by one statement
 MAX_UNKEPT = 4 * RETAINED  # lines in memory that no point has; above, clients are not read from
-KEEP_LOOK = 1.0  # seconds between two looks whether a point is due
+KEEP_LOOK = 0.2  # seconds between two looks whether a point is due
 TRIM_SECONDS = 60  # that a round is kept at least
 FORGET_SERVERS = 86_400  # seconds that the last batch of a server is remembered
 READ_ALL = 60.0  # seconds that reading or writing very much may take
@@ -4439,7 +4439,7 @@ class SharedLog(EntryLog):
             self._entered = 0
         self._confirmations.look_at(self._broadcaster.outputs.values())
 
-    # For the thread that follows.
+    # For the thread that follows, and the one that keeps.
 
     def gather(self, *, is_due: bool) -> list[Handed] | None:
         """Return what is to be the next round; None if there need not be one."""
@@ -4470,6 +4470,11 @@ class SharedLog(EntryLog):
             crowd, self._crowd = self._crowd, []
         for gate in crowd:
             gate.ring()
+
+    def kept_to(self, position: int) -> None:
+        """Know that all before a position is in the table; let those go on who wait for that."""
+        self._history.kept_to(position)
+        self.forget([])
 
     def drop(self, handed: list[Handed]) -> None:
         """Let all know who wait for entries that are not applied any more."""
@@ -4814,7 +4819,7 @@ class Keeper:
             " FROM chat.points ORDER BY number DESC LIMIT 1"
         )
         self._learn(int(last), int(position))
-        self._history.kept_to(int(position))
+        self._log.kept_to(int(position))
         if is_alone == "0" or not self._is_due(room, float(age)):
             self._ask("ROLLBACK")
             return
@@ -4823,7 +4828,7 @@ class Keeper:
             lines = self._history.between(first, min(first + POINT_PAGE, room.end))
             self._ask(
                 "INSERT INTO chat.lines SELECT (r->>0)::bigint, (r->>1)::float8, r->>2, r->>3,"
-                " r->>4 FROM json_array_elements($1::json) r ON CONFLICT DO NOTHING",
+                " r->>4 FROM jsonb_array_elements($1::jsonb) r ON CONFLICT DO NOTHING",
                 _json(lines),
             )
         self._ask(
@@ -4845,7 +4850,7 @@ class Keeper:
         )
         self._ask("COMMIT")
         self._learn(room.progress.number, room.end)
-        self._history.kept_to(room.end)
+        self._log.kept_to(room.end)
 
     def _check_followed(self, progress: Progress) -> None:
         """Raise `Away` for a database whose log is not the one that was followed."""

@@ -909,7 +909,7 @@ def test_talk_goes_on_through_a_failover(
         address = both(first, second)
         running = [stack.enter_context(one_more(address, UNANSWERED=1.0)) for _ in range(3)]
         talkers = Talkers(stack, [server.port for server in running], 12)
-        for number in range(600):
+        for number in range(300):
             talkers.talk(chance)
             if number == 300:
                 talkers.chats[0][1].wait_for(talkers.said[0][0])
@@ -1188,12 +1188,22 @@ def test_what_no_point_has_is_bounded(cluster: Postgres, database: str) -> None:
         expect_after_wait(bob, f"alice: line {said - 1}")
 
 
+def test_who_waits_for_a_point_goes_on_when_it_is_written(database: str) -> None:
+    """Who said more than memory may have alone is read from again at once, not a round later."""
+    limits = {"KEEP_LOOK": 0.05, "POINT_LINES": 10, "MAX_UNKEPT": 10, "EMPTY_ROUND": 1000.0}
+    with servers(database, 1, **limits) as (one,):
+        alice = Peer(one.port).join("alice")
+        for number in range(300):
+            alice.send(f"line {number}").expect(f"alice: line {number}")
+
+
 @pytest.fixture
 def keeper(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
     """What writes points, which finds one due after any round."""
     monkeypatch.setattr("server.POINT_ROUNDS", 1)
     history = SharedHistory(database)
-    keeper = Keeper(SimpleNamespace(), SimpleNamespace(), history)  # type: ignore[arg-type]
+    shared = SimpleNamespace(kept_to=history.kept_to)
+    keeper = Keeper(shared, SimpleNamespace(), history)  # type: ignore[arg-type]
     yield keeper
     keeper._database.close()
     history.close()
