@@ -54,9 +54,10 @@ from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 try:
+    import fcntl
     import termios
-except ImportError:  # Windows has its own kind of terminal
-    termios = None  # type: ignore[assignment]
+except ImportError:  # Windows has its own kind of terminal, and of locks
+    fcntl = termios = None  # type: ignore[assignment]
 
 import protocol
 from protocol import (
@@ -2420,9 +2421,9 @@ def _toolkit_stop(screen: ToolkitTerminal) -> KeyBindings:
 class Recall:
     """The lines typed in earlier sessions, in a file, for who asks for it; of the main thread.
 
-    Each line is added when it is typed, so several clients at once share the file.  It is
-    cut when a client starts, into a new file that takes the old one's place.  A place that
-    cannot be written is told once, and nothing is kept from then on.
+    Each line is added when it is typed, so several clients at once share the file, and each
+    has it for itself for as long as it reads, adds or cuts.  It is cut when a client starts.
+    A place that cannot be written is told once, and nothing is kept from then on.
     """
 
     def __init__(self, file: str) -> None:
@@ -2435,11 +2436,12 @@ class Recall:
             return []
         try:
             os.makedirs(os.path.dirname(self._file), mode=0o700, exist_ok=True)
-            with self._open(self._file) as kept:
+            with self._open() as kept:
                 kept.seek(0)
                 lines = kept.read().split("\n")[:-1]
-            if len(lines) > 2 * MAX_RECALL:
-                self._cut(lines[-MAX_RECALL:])
+                if len(lines) > 2 * MAX_RECALL:
+                    kept.truncate(0)
+                    kept.write("".join(f"{line}\n" for line in lines[-MAX_RECALL:]))
         except OSError as error:
             self._fail(error)
             return []
@@ -2450,19 +2452,19 @@ class Recall:
         if not (self._file and _is_recalled(text)):
             return
         try:
-            with self._open(self._file) as kept:
+            with self._open() as kept:
                 kept.write(text + "\n")
         except OSError as error:
             self._fail(error)
 
-    def _cut(self, lines: list[str]) -> None:
-        new = f"{self._file}.{os.getpid()}"
-        with self._open(new) as kept:
-            kept.write("".join(f"{line}\n" for line in lines))
-        os.replace(new, self._file)
-
-    def _open(self, file: str) -> TextIO:
-        number = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    def _open(self) -> TextIO:
+        """Open the file, for ourselves alone until it is closed."""
+        number = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        # Windows has no such lock, and not every file system knows it: what is cut there just
+        # when another client adds a line may lose it.
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(number, fcntl.LOCK_EX)
         return open(number, "a+", encoding="utf-8", errors="replace", newline="\n")
 
     def _fail(self, error: OSError) -> None:
