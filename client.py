@@ -1748,6 +1748,10 @@ class Terminal(Screen):
 
     def _ask_secretly(self, question: str) -> str:
         """Return a line that is typed unseen; what was typed before the question counts too."""
+        if not termios:
+            import getpass  # which knows the terminal of Windows
+
+            return getpass.getpass(question)
         self.hush()
         try:
             self._write(question)
