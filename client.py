@@ -3127,6 +3127,7 @@ def _add_who(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--password-file",
+        type=protocol.file,
         metavar="FILE",
         help="the room's, in the first line; or the variable CHAT_PASSWORD",
     )
@@ -3138,7 +3139,12 @@ def _add_safety(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="speak TLS, for which the system's authorities vouch, or none at all",
     )
-    group.add_argument("--tls-ca", metavar="FILE", help="speak TLS; the authorities in FILE vouch")
+    group.add_argument(
+        "--tls-ca",
+        type=protocol.file,
+        metavar="FILE",
+        help="speak TLS; the authorities in FILE vouch",
+    )
     group.add_argument(
         "--tls-fingerprint",
         type=_fingerprint,

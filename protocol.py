@@ -907,6 +907,13 @@ def port(text: str) -> int:
     return int(text)
 
 
+def file(text: str) -> str:
+    """Read the name of a file off the command line: an empty one is a slip, and none is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("no file is named; name one, or leave it out")
+    return text
+
+
 def password(file: str | None, variable: str) -> str | None:
     """Return the password in the first line of a file, else in a variable of the environment.
 

@@ -306,6 +306,24 @@ def test_a_limit_that_is_none_is_wrong_usage(option: str) -> None:
     expect_failure(2, f"error: argument {option.partition('=')[0]}: .*", option)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--password-file",
+        "--op-password-file",
+        "--tls-cert",
+        "--tls-key",
+        "--history",
+        "--log-file",
+    ],
+)
+def test_an_empty_name_of_a_file_is_wrong_usage(option: str) -> None:
+    """A variable that is empty in a script takes no password, no TLS and no history away."""
+    expect_failure(
+        2, f"error: argument {option}: no file is named; name one, or leave it out", f"{option}="
+    )
+
+
 def test_an_unknown_option_is_wrong_usage() -> None:
     """What is not an option is called so."""
     expect_failure(2, "error: unrecognized arguments: --shout", "--shout")
