@@ -2765,7 +2765,8 @@ def _join(chat: ChatClient, screen: Screen) -> None:
                 chat.place.name = _name(screen)
             except PasswordRefused as refused:
                 if not was_asked:
-                    raise
+                    why = f"{refused}; see --password-file, or the variable CHAT_PASSWORD"
+                    raise PasswordRefused(why) from None
                 if chat.entrance.password is not None:
                     screen.show(Notice(str(refused)))
                 try:
