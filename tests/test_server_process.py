@@ -660,11 +660,11 @@ def test_too_few_descriptors_are_told(
 @pytest.fixture
 def _ipv6() -> None:
     """Skip a test where there is no IPv6."""
-    with socket.socket(socket.AF_INET6) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))
-        except OSError:
-            pytest.skip("this machine has no IPv6 loopback")
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
 
 
 def expect_let_in(host: str, port: int, name: str) -> None:
@@ -736,12 +736,12 @@ def test_a_link_local_address_is_listened_on() -> None:
 
 def test_a_link_local_address_without_its_interface_is_told() -> None:
     """An address that is one only together with an interface is said to want it."""
-    with socket.socket(socket.AF_INET6) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("fe80::1", 0))
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                pytest.skip(f"this machine says {error}")
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            pytest.skip(f"this machine says {error}")
     expect_failure(1, "cannot listen on fe80::1 port 0: .*%eth0", "--port=0", "--host=fe80::1")
 
 
