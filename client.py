@@ -2921,15 +2921,20 @@ def _fail(text: str) -> int:
     return 1
 
 
+NAME_AUTHORITY = "name its authority with --tls-ca or itself with --tls-fingerprint"
+IN_CERTIFICATE = "give --host a name that is in it, or name it itself with --tls-fingerprint"
+#: What to do about a certificate, by OpenSSL's number for what is wrong with it.
+REMEDIES = {10: "its server needs a new one", 62: IN_CERTIFICATE, 64: IN_CERTIFICATE}
+
+
 def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Say why there is no connection and what to do about it."""
     servers = addresses(options.host, options.port)
     where = " or ".join(f"{host} port {port}" for host, port in servers)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return (
-            f"the certificate of {where} is not trusted: {error.verify_message};"
-            " name its authority with --tls-ca or itself with --tls-fingerprint"
-        )
+        why = error.verify_message.removesuffix(".")
+        remedy = REMEDIES.get(error.verify_code, NAME_AUTHORITY)
+        return f"the certificate of {where} is not trusted: {why}; {remedy}"
     if isinstance(error, ssl.SSLError):
         return f"no TLS on {where}; try without --tls"
     if isinstance(error, OSError) and error.filename:
@@ -2940,7 +2945,10 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
         return f"no server on {where}; start one with server.py, or check --host and --port"
     if isinstance(error, TimeoutError):
         return f"no answer from {where}; check --host and --port, and --tls if it speaks TLS"
-    return f"cannot talk to {where}: {error}; check --host and --port"
+    if isinstance(error, OSError) and error.errno == errno.EINVAL:
+        return f"{where} is not whole; say the interface of a link-local one, as in fe80::1%eth0"
+    reason = getattr(error, "strerror", None) or str(error)  # without the number before it
+    return f"cannot talk to {where}: {reason}; check --host and --port"
 
 
 # What may stand in the settings, under the names of the options, and as what.

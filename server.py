@@ -833,7 +833,7 @@ class Client:
             except TimeoutError:
                 raise Farewell("no name in time", protocol.TOO_LATE) from None
             if not data:
-                raise Farewell("left without a name")
+                raise Farewell("the input ended before a name")
             self._unread = self._frame(data)
             foreign = protocol.foreign_protocol((self._unread or [self._framer.partial])[0])
             if foreign:
@@ -5311,7 +5311,7 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
     except ssl.SSLError as error:
         raise Refusal(
-            f"cannot use {options.tls_cert} with its key: {error.reason or 'not a certificate'};"
+            f"cannot use {options.tls_cert} with its key: {error.reason or 'no key that opens'};"
             " give a PEM certificate and its key without a passphrase"
         ) from None
     log.info("certificate SHA256 fingerprint %s", fingerprint)

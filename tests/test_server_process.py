@@ -535,7 +535,7 @@ def test_who_is_turned_away_is_counted_once(guarded: Server) -> None:
     assert silent[0].rest()[-1] == protocol.TOO_MANY_UNNAMED
     guarded.expect_log(r"left: too many connections without a name")
     silent[1].end_input().rest()
-    guarded.expect_log(r"left: left without a name\n")
+    guarded.expect_log(r"left: the input ended before a name\n")
     expect_refused(guarded, too_many_connections_without_a_name=1)
 
 
