@@ -489,6 +489,7 @@ class Session:
         self.heard = time.monotonic()  # when bytes last came
         self.progress = self.heard  # when a receipt last came, or a line was sent and none was due
         self.silence_told = 0.0  # the `heard` of the last silence that we spoke of
+        self.delay_told = 0.0  # the `progress` of the last delay that we spoke of
         self.waits_since: float | None = None  # the server said that the room is waiting
         self.foreign: bool | None = None  # a line was of another format; False: it is told
         self._fmt = fmt
@@ -958,15 +959,7 @@ class ChatClient:
         silent = now - max(session.heard, session.progress)
         if self._absence and silent > CATCH_UP_TIMEOUT:
             raise TimeoutError("the server let us in and tells us nothing")
-        waiting = self.outgoing.count()
-        if (
-            (waiting or self._absence)
-            and silent > PATIENCE
-            and session.silence_told != session.heard
-        ):
-            session.silence_told = session.heard
-            kept = f"; {count_lines(waiting)} waiting" if waiting else ""
-            self._show(Notice(f"no answer from the server for {silent:.0f} s{kept}"))
+        self._tell_of_delay(session, silent, now - session.progress)
         if (
             session.waits_since
             and now - session.waits_since > PATIENCE
@@ -974,6 +967,27 @@ class ChatClient:
         ):
             session.waits_since = now
             self._move_on(session)
+
+    def _tell_of_delay(self, session: Session, silent: float, delay: float) -> None:
+        """Say, once each time, for how many seconds nothing came, or no line was taken."""
+        waiting = self.outgoing.count()
+        told = f"{count_lines(waiting)} waiting"
+        if (
+            (waiting or self._absence)
+            and silent > PATIENCE
+            and session.silence_told != session.heard
+        ):
+            session.silence_told, session.delay_told = session.heard, session.progress
+            kept = f"; {told}" if waiting else ""
+            self._show(Notice(f"no answer from the server for {silent:.0f} s{kept}"))
+        elif (
+            waiting
+            and delay > PATIENCE
+            and session.delay_told != session.progress
+            and not session.waits_since  # which the server has told
+        ):
+            session.delay_told = session.progress
+            self._show(Notice(f"{told}; the server has taken none for {delay:.0f} s"))
 
     def _move_on(self, old: Session) -> None:
         """Enter at the next server, and let go of the old one when we are in."""
