@@ -3023,7 +3023,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _settings(file: str, *, must_be: bool) -> dict[str, Any]:
     """Return what stands in a file of settings: nothing if there is none, unless it must be."""
     try:
-        with open(file, encoding="utf-8") as settings:
+        with open(file, encoding="utf-8-sig") as settings:  # some editors put a mark before it
             text = settings.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         if must_be:
