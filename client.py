@@ -54,9 +54,10 @@ from types import CodeType, FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 try:
+    import fcntl
     import termios
-except ImportError:  # Windows has its own kind of terminal
-    termios = None  # type: ignore[assignment]
+except ImportError:  # Windows has its own kind of terminal, and of locks
+    fcntl = termios = None  # type: ignore[assignment]
 
 import protocol
 from protocol import (
@@ -488,6 +489,7 @@ class Session:
         self.heard = time.monotonic()  # when bytes last came
         self.progress = self.heard  # when a receipt last came, or a line was sent and none was due
         self.silence_told = 0.0  # the `heard` of the last silence that we spoke of
+        self.delay_told = 0.0  # the `progress` of the last delay that we spoke of
         self.waits_since: float | None = None  # the server said that the room is waiting
         self.foreign: bool | None = None  # a line was of another format; False: it is told
         self._fmt = fmt
@@ -957,15 +959,7 @@ class ChatClient:
         silent = now - max(session.heard, session.progress)
         if self._absence and silent > CATCH_UP_TIMEOUT:
             raise TimeoutError("the server let us in and tells us nothing")
-        waiting = self.outgoing.count()
-        if (
-            (waiting or self._absence)
-            and silent > PATIENCE
-            and session.silence_told != session.heard
-        ):
-            session.silence_told = session.heard
-            kept = f"; {count_lines(waiting)} waiting" if waiting else ""
-            self._show(Notice(f"no answer from the server for {silent:.0f} s{kept}"))
+        self._tell_of_delay(session, silent, now - session.progress)
         if (
             session.waits_since
             and now - session.waits_since > PATIENCE
@@ -973,6 +967,27 @@ class ChatClient:
         ):
             session.waits_since = now
             self._move_on(session)
+
+    def _tell_of_delay(self, session: Session, silent: float, delay: float) -> None:
+        """Say, once each time, for how many seconds nothing came, or no line was taken."""
+        waiting = self.outgoing.count()
+        told = f"{count_lines(waiting)} waiting"
+        if (
+            (waiting or self._absence)
+            and silent > PATIENCE
+            and session.silence_told != session.heard
+        ):
+            session.silence_told, session.delay_told = session.heard, session.progress
+            kept = f"; {told}" if waiting else ""
+            self._show(Notice(f"no answer from the server for {silent:.0f} s{kept}"))
+        elif (
+            waiting
+            and delay > PATIENCE
+            and session.delay_told != session.progress
+            and not session.waits_since  # which the server has told
+        ):
+            session.delay_told = session.progress
+            self._show(Notice(f"{told}; the server has taken none for {delay:.0f} s"))
 
     def _move_on(self, old: Session) -> None:
         """Enter at the next server, and let go of the old one when we are in."""
@@ -1747,6 +1762,10 @@ class Terminal(Screen):
 
     def _ask_secretly(self, question: str) -> str:
         """Return a line that is typed unseen; what was typed before the question counts too."""
+        if not termios:
+            import getpass  # which knows the terminal of Windows
+
+            return getpass.getpass(question)
         self.hush()
         try:
             self._write(question)
@@ -2420,9 +2439,9 @@ def _toolkit_stop(screen: ToolkitTerminal) -> KeyBindings:
 class Recall:
     """The lines typed in earlier sessions, in a file, for who asks for it; of the main thread.
 
-    Each line is added when it is typed, so several clients at once share the file.  It is
-    cut when a client starts, into a new file that takes the old one's place.  A place that
-    cannot be written is told once, and nothing is kept from then on.
+    Each line is added when it is typed, so several clients at once share the file, and each
+    has it for itself for as long as it reads, adds or cuts.  It is cut when a client starts.
+    A place that cannot be written is told once, and nothing is kept from then on.
     """
 
     def __init__(self, file: str) -> None:
@@ -2435,11 +2454,12 @@ class Recall:
             return []
         try:
             os.makedirs(os.path.dirname(self._file), mode=0o700, exist_ok=True)
-            with self._open(self._file) as kept:
+            with self._open() as kept:
                 kept.seek(0)
                 lines = kept.read().split("\n")[:-1]
-            if len(lines) > 2 * MAX_RECALL:
-                self._cut(lines[-MAX_RECALL:])
+                if len(lines) > 2 * MAX_RECALL:
+                    kept.truncate(0)
+                    kept.write("".join(f"{line}\n" for line in lines[-MAX_RECALL:]))
         except OSError as error:
             self._fail(error)
             return []
@@ -2450,19 +2470,19 @@ class Recall:
         if not (self._file and _is_recalled(text)):
             return
         try:
-            with self._open(self._file) as kept:
+            with self._open() as kept:
                 kept.write(text + "\n")
         except OSError as error:
             self._fail(error)
 
-    def _cut(self, lines: list[str]) -> None:
-        new = f"{self._file}.{os.getpid()}"
-        with self._open(new) as kept:
-            kept.write("".join(f"{line}\n" for line in lines))
-        os.replace(new, self._file)
-
-    def _open(self, file: str) -> TextIO:
-        number = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    def _open(self) -> TextIO:
+        """Open the file, for ourselves alone until it is closed."""
+        number = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        # Windows has no such lock, and not every file system knows it: what is cut there just
+        # when another client adds a line may lose it.
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(number, fcntl.LOCK_EX)
         return open(number, "a+", encoding="utf-8", errors="replace", newline="\n")
 
     def _fail(self, error: OSError) -> None:
@@ -2759,7 +2779,8 @@ def _join(chat: ChatClient, screen: Screen) -> None:
                 chat.place.name = _name(screen)
             except PasswordRefused as refused:
                 if not was_asked:
-                    raise
+                    why = f"{refused}; see --password-file, or the variable CHAT_PASSWORD"
+                    raise PasswordRefused(why) from None
                 if chat.entrance.password is not None:
                     screen.show(Notice(str(refused)))
                 try:
@@ -2914,15 +2935,20 @@ def _fail(text: str) -> int:
     return 1
 
 
+NAME_AUTHORITY = "name its authority with --tls-ca or itself with --tls-fingerprint"
+IN_CERTIFICATE = "give --host a name that is in it, or name it itself with --tls-fingerprint"
+#: What to do about a certificate, by OpenSSL's number for what is wrong with it.
+REMEDIES = {10: "its server needs a new one", 62: IN_CERTIFICATE, 64: IN_CERTIFICATE}
+
+
 def _explain(error: Exception, options: argparse.Namespace) -> str:
     """Say why there is no connection and what to do about it."""
     servers = addresses(options.host, options.port)
     where = " or ".join(f"{host} port {port}" for host, port in servers)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return (
-            f"the certificate of {where} is not trusted: {error.verify_message};"
-            " name its authority with --tls-ca or itself with --tls-fingerprint"
-        )
+        why = error.verify_message.removesuffix(".")
+        remedy = REMEDIES.get(error.verify_code, NAME_AUTHORITY)
+        return f"the certificate of {where} is not trusted: {why}; {remedy}"
     if isinstance(error, ssl.SSLError):
         return f"no TLS on {where}; try without --tls"
     if isinstance(error, OSError) and error.filename:
@@ -2933,7 +2959,10 @@ def _explain(error: Exception, options: argparse.Namespace) -> str:
         return f"no server on {where}; start one with server.py, or check --host and --port"
     if isinstance(error, TimeoutError):
         return f"no answer from {where}; check --host and --port, and --tls if it speaks TLS"
-    return f"cannot talk to {where}: {error}; check --host and --port"
+    if isinstance(error, OSError) and error.errno == errno.EINVAL:
+        return f"{where} is not whole; say the interface of a link-local one, as in fe80::1%eth0"
+    reason = getattr(error, "strerror", None) or str(error)  # without the number before it
+    return f"cannot talk to {where}: {reason}; check --host and --port"
 
 
 # What may stand in the settings, under the names of the options, and as what.
@@ -2994,7 +3023,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _settings(file: str, *, must_be: bool) -> dict[str, Any]:
     """Return what stands in a file of settings: nothing if there is none, unless it must be."""
     try:
-        with open(file, encoding="utf-8") as settings:
+        with open(file, encoding="utf-8-sig") as settings:  # some editors put a mark before it
             text = settings.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         if must_be:
@@ -3121,6 +3150,7 @@ def _add_who(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--password-file",
+        type=protocol.file,
         metavar="FILE",
         help="the room's, in the first line; or the variable CHAT_PASSWORD",
     )
@@ -3132,7 +3162,12 @@ def _add_safety(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="speak TLS, for which the system's authorities vouch, or none at all",
     )
-    group.add_argument("--tls-ca", metavar="FILE", help="speak TLS; the authorities in FILE vouch")
+    group.add_argument(
+        "--tls-ca",
+        type=protocol.file,
+        metavar="FILE",
+        help="speak TLS; the authorities in FILE vouch",
+    )
     group.add_argument(
         "--tls-fingerprint",
         type=_fingerprint,

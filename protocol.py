@@ -907,16 +907,26 @@ def port(text: str) -> int:
     return int(text)
 
 
+def file(text: str) -> str:
+    """Read the name of a file off the command line: an empty one is a slip, and none is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("no file is named; name one, or leave it out")
+    return text
+
+
 def password(file: str | None, variable: str) -> str | None:
     """Return the password in the first line of a file, else in a variable of the environment.
 
     Raise `OSError` when the file cannot be read and `Refusal` when nothing is in it.
     """
     if file is None:
-        return os.environ.get(variable)
+        found = os.environ.get(variable)
+        if found == "":
+            raise Refusal(f"the variable {variable} is empty; put a password in it, or unset it")
+        return found
     with open(file, encoding="utf-8", errors="surrogateescape") as lines:
-        found = lines.readline().rstrip("\r\n")
-    if not found:
+        found = lines.readline(MAX_LINE + 1).rstrip("\r\n")  # there are files without an end
+    if not 0 < len(found) < MAX_LINE:
         raise Refusal(f"{file} has no password in its first line; write one there")
     return found
 

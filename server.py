@@ -833,7 +833,7 @@ class Client:
             except TimeoutError:
                 raise Farewell("no name in time", protocol.TOO_LATE) from None
             if not data:
-                raise Farewell("left without a name")
+                raise Farewell("the input ended before a name")
             self._unread = self._frame(data)
             foreign = protocol.foreign_protocol((self._unread or [self._framer.partial])[0])
             if foreign:
@@ -3534,7 +3534,8 @@ def _check_file(place: HeldFile, fmt: str) -> tuple[int | None, int | None]:
         except sqlite3.OperationalError:
             raise  # locked, or out of reach
         except sqlite3.DatabaseError as error:
-            raise HistoryError(f"{place.path} is damaged or no history: {error}") from None
+            why = f"{place.path} is damaged or no history: {error}"
+            raise HistoryError(f"{why}; choose another") from None
     return first, last
 
 
@@ -5053,17 +5054,23 @@ def _parser() -> argparse.ArgumentParser:
         default=protocol.FORMAT,
         help="of the text (default: %(default)s)",
     )
-    option = parser.add_argument_group("who may come in").add_argument
-    option("--password-file", metavar="FILE", help="the room's; or the variable CHAT_PASSWORD")
-    option("--op-password-file", metavar="FILE", help="operators'; or CHAT_OP_PASSWORD")
-    option("--tls-cert", metavar="FILE", help="speak TLS with this certificate")
-    option("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
-    option = parser.add_argument_group("history and log").add_argument
-    option("--history", metavar="FILE", help="keep what is said; postgresql://... shares the room")
-    option("--log-file", metavar="FILE", help="log there too")
+    file = _taking_a_file(parser.add_argument_group("who may come in"))
+    file("--password-file", help="the room's; or the variable CHAT_PASSWORD")
+    file("--op-password-file", help="operators'; or CHAT_OP_PASSWORD")
+    file("--tls-cert", help="speak TLS with this certificate")
+    file("--tls-key", help="its key, if it is in a file of its own")
+    group = parser.add_argument_group("history and log")
+    file, option = _taking_a_file(group), group.add_argument
+    file("--history", help="keep what is said; postgresql://... shares the room")
+    file("--log-file", help="log there too")
     option("-v", "--verbose", action="store_true", help="log what is said too")
     _add_limits(parser.add_argument_group("limits"))
     return parser
+
+
+def _taking_a_file(group: argparse._ArgumentGroup) -> Callable[..., argparse.Action]:
+    """Return what adds an option that takes the name of a file."""
+    return functools.partial(group.add_argument, metavar="FILE", type=protocol.file)
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
@@ -5309,7 +5316,7 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
     except ssl.SSLError as error:
         raise Refusal(
-            f"cannot use {options.tls_cert} with its key: {error.reason or 'not a certificate'};"
+            f"cannot use {options.tls_cert} with its key: {error.reason or 'no key that opens'};"
             " give a PEM certificate and its key without a passphrase"
         ) from None
     log.info("certificate SHA256 fingerprint %s", fingerprint)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -133,6 +134,24 @@ def test_password_typed_before_it_is_asked_for_again(kind: str) -> None:
         terminal.type(CTRL_C)
         terminal.wait()
         assert_sane(terminal)
+
+
+def test_password_where_there_is_no_termios(kind: str) -> None:
+    """A password is typed unseen on a terminal such as that of Windows too."""
+    opener(kind)  # skips the test where there is no such terminal
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import client;"
+        " client.termios = None; sys.exit(client.main())"
+    )
+    bare = ["-S"] if kind == "readline" else []
+    with run_chat(password=SECRET) as server:
+        options = ["--port", str(server.port), "--name", "alice"]
+        command = [sys.executable, *bare, "-c", program, *options]
+        with Terminal(command, 14, 60, env=environment(INPUTRC=os.devnull)) as terminal:
+            terminal.wait_for("Password of the room: ")
+            terminal.type(f"{SECRET}\r")
+            terminal.wait_for("* alice joined the chat")
+            assert SECRET not in terminal.screen.text()
 
 
 def test_message_while_a_password_is_typed(terminal: Terminal, bob: Peer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -258,6 +259,28 @@ def test_wrong_port(port: str) -> None:
     assert done.returncode == 2
     assert "is not a port number; use 0 to 65535" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--tls-ca", "--password-file"])
+def test_empty_name_of_a_file(option: str) -> None:
+    """Nobody talks in the clear because a variable that was to name a file is empty."""
+    with run_chat() as server:
+        done = say("hello\n", "--name", "alice", f"{option}=", port=server.port)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.endswith(f"{option}: no file is named; name one, or leave it out\n")
+
+
+def test_link_local_address_without_its_interface() -> None:
+    """What such an address lacks is told with an example of it."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.connect(("fe80::1", 1))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            pytest.skip(f"this machine says {error}")
+    done = say("hello\n", "--name", "alice", "--host", "fe80::1", port=1)
+    assert done.returncode == 1
+    assert "say the interface of a link-local one, as in fe80::1%eth0" in one_line(done.stderr)
 
 
 def test_help_and_version() -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chat import Peer, no_leaks, run_chat, wait_until
+from chat import DEADLINE, Peer, no_leaks, run_chat, wait_until
 from screens import CTRL_D, KINDS, UP, enter, opener, prompts
 from terminal import Terminal
 
 import client
 from server import ChatServer
 
-pytestmark = pytest.mark.parametrize("kind", KINDS)
+on_each_kind = pytest.mark.parametrize("kind", KINDS)
 ALICE = ("--name", "alice", "--recall")
 
 
@@ -45,6 +46,7 @@ def leave(terminal: Terminal, bob: Peer) -> None:
     bob.expect_eventually("* alice left the chat")
 
 
+@on_each_kind
 def test_typed_lines_come_back(kind: str, server: ChatServer, bob: Peer, tmp_path: Path) -> None:
     """A line of the last session is recalled, a password is not, and nobody else reads them."""
     place = str(tmp_path)
@@ -64,6 +66,7 @@ def test_typed_lines_come_back(kind: str, server: ChatServer, bob: Peer, tmp_pat
         terminal.wait_for(prompts("first"))
 
 
+@on_each_kind
 def test_nothing_is_kept_unasked(kind: str, server: ChatServer, bob: Peer, tmp_path: Path) -> None:
     """Without the setting no file is made."""
     with opener(kind)(server.port, XDG_STATE_HOME=str(tmp_path)) as terminal:
@@ -75,6 +78,7 @@ def test_nothing_is_kept_unasked(kind: str, server: ChatServer, bob: Peer, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@on_each_kind
 def test_place_that_cannot_be_written(
     kind: str, server: ChatServer, bob: Peer, tmp_path: Path
 ) -> None:
@@ -89,6 +93,7 @@ def test_place_that_cannot_be_written(
         assert terminal.screen.text().count("-- cannot keep what is typed") == 1
 
 
+@on_each_kind
 def test_file_is_bounded_and_shared(
     kind: str, server: ChatServer, bob: Peer, tmp_path: Path
 ) -> None:
@@ -109,3 +114,28 @@ def test_file_is_bounded_and_shared(
         bob.expect_eventually("carol: from carol")
         wait_until(lambda: file.read_text().endswith("from alice\nfrom carol\n"))
         assert len(file.read_text().splitlines()) == client.MAX_RECALL + 2
+
+
+def test_no_line_is_lost_where_several_begin_at_once(tmp_path: Path) -> None:
+    """Of clients that begin at the same time each keeps what it adds, whoever cuts the file."""
+    file = tmp_path / "recall"
+    for turn in range(10):
+        file.write_text("".join(f"line {n}\n" for n in range(3 * client.MAX_RECALL)))
+        ready = threading.Barrier(8)
+
+        def begin(name: str, ready: threading.Barrier) -> None:
+            recall = client.Recall(str(file))
+            ready.wait(DEADLINE)
+            recall.load()
+            recall.add(name)
+
+        names = [f"client {number} of {turn}" for number in range(8)]
+        threads = [threading.Thread(target=begin, args=[name, ready]) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        kept = file.read_text().splitlines()
+        assert sorted(kept[client.MAX_RECALL :]) == names
+        assert kept[client.MAX_RECALL - 1] == f"line {3 * client.MAX_RECALL - 1}"
+    assert list(tmp_path.iterdir()) == [file]

@@ -14,7 +14,20 @@ from contextlib import suppress
 
 import pytest
 from chat import DEADLINE, Peer, close_peers, no_leaks, run_chat, wait_until
-from clients import HOST, Shown, Talk, chatting, enter, flush, pretended, read_line, say, start
+from clients import (
+    HOST,
+    Shown,
+    Talk,
+    chatting,
+    enter,
+    flush,
+    greet,
+    pretended,
+    read_line,
+    read_to_end,
+    say,
+    start,
+)
 from proxy import DOWN, GHOST, STALL, Fault, Proxy
 
 import client
@@ -175,6 +188,35 @@ def test_server_that_has_us_wait_is_kept_when_there_is_no_other(
             assert chat.failed == 0
         finally:
             chat.leave()
+
+
+def test_line_that_is_not_taken_is_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sees no status line is told, once, that a line waits though the room talks on."""
+    monkeypatch.setattr(client, "PATIENCE", 2.0)
+    told = threading.Event()
+
+    def talk(sock: socket.socket) -> None:
+        greet(sock)
+        line = read_line(sock)
+        while not told.wait(0.1):  # much less than it takes to be called silent
+            sock.sendall(b"bob: la\n")
+        sock.sendall(line + b"\n")
+        read_to_end(sock)
+
+    with pretended(talk) as port:
+        shown = Shown()
+        chat = ChatClient("alice", HOST, port, show=shown)
+        chat.connect()
+        chat.start()
+        try:
+            chat.send("hello")
+            shown.wait_for("1 line waiting; the server has taken none for 2 s")
+            told.set()
+            flush(chat)
+        finally:
+            told.set()
+            chat.leave()
+        assert len(shown.notices) == 1
 
 
 def test_give_up() -> None:

@@ -59,6 +59,15 @@ def test_settings_are_options_that_stay(file: Path) -> None:
         assert run(file, *ALICE, "--port", "1").returncode == 1
 
 
+def test_mark_of_an_editor_is_no_setting(file: Path) -> None:
+    """A file that begins with a byte order mark, as some editors write it, is read like another."""
+    file.write_text('name = "alice"\n', encoding="utf-8-sig")
+    with run_chat() as server:
+        done = run(file, "--settings", str(file), "--port", str(server.port))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "alice: hello" in done.stdout.splitlines()
+
+
 def test_name_stays_on_a_terminal(file: Path) -> None:
     """Who has a name in the settings is not asked for one, and another on the command line wins."""
     file.write_text('name = "alice"\n')

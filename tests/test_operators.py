@@ -231,7 +231,9 @@ def test_client_without_the_password_says_what_is_missing(
 ) -> None:
     """A client in a pipe that has no password, a wrong one or an empty file ends in one line."""
     assert "--password-file" in one_line(run_client(locked.port))
-    assert "wrong password" in one_line(run_client(locked.port, CHAT_PASSWORD="guess"))
+    wrong = one_line(run_client(locked.port, CHAT_PASSWORD="guess"))
+    assert "wrong password; see --password-file, or the variable CHAT_PASSWORD" in wrong
+    assert "CHAT_PASSWORD is empty" in one_line(run_client(locked.port, CHAT_PASSWORD=""))
     empty = secret_file(tmp_path, "")
     line = one_line(run_client(locked.port, "--password-file", empty))
     assert empty in line
@@ -268,6 +270,24 @@ def test_server_names_a_password_file_that_it_cannot_use(tmp_path: Path, option:
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1, done.stderr
         assert file in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["CHAT_PASSWORD", "CHAT_OP_PASSWORD"])
+def test_server_refuses_an_empty_password(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    """A variable that was to have a password and is empty stops the start."""
+    monkeypatch.setenv(variable, "")
+    done = run_briefly("--port", "0")
+    assert done.returncode == 1
+    why = f"the variable {variable} is empty; put a password in it, or unset it"
+    assert done.stderr == f"server.py: {why}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such file")
+def test_password_file_without_an_end_is_refused() -> None:
+    """A first line that never ends is no password."""
+    done = run_briefly("--port", "0", "--password-file", "/dev/zero")
+    assert done.returncode == 1
+    assert "/dev/zero has no password in its first line" in done.stderr
 
 
 def test_password_file_in_another_encoding(tmp_path: Path) -> None:

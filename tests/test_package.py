@@ -9,31 +9,42 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from chat import DEADLINE, STOP, Peer, wait_until
 from clients import ROOT, environment
 
 SECONDS = 50.0  # for a build whose tools are fetched first
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1"]
 
 
 def pip(*arguments: str | Path) -> None:
     """Run pip; skip the test where it cannot do this, but never where all must be checked."""
     if importlib.util.find_spec("pip") is None:
         cannot("there is no pip")
-    done = subprocess.run(
-        [*PIP, *arguments], capture_output=True, text=True, timeout=SECONDS, check=False
-    )
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # its own, for what a killed one leaves
+            done = subprocess.run(
+                [*PIP, *arguments],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "TMPDIR": folder},
+                timeout=SECONDS,
+                check=False,
+            )
+    except subprocess.TimeoutExpired:
+        cannot(f"pip cannot {arguments[0]} in {SECONDS:.0f} s")
     if done.returncode:
         cannot(f"pip cannot {arguments[0]}: {done.stderr}")
 
 
-def cannot(reason: str) -> None:
+def cannot(reason: str) -> NoReturn:
     """Skip, or fail where all must be checked."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 

@@ -306,6 +306,24 @@ def test_a_limit_that_is_none_is_wrong_usage(option: str) -> None:
     expect_failure(2, f"error: argument {option.partition('=')[0]}: .*", option)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--password-file",
+        "--op-password-file",
+        "--tls-cert",
+        "--tls-key",
+        "--history",
+        "--log-file",
+    ],
+)
+def test_an_empty_name_of_a_file_is_wrong_usage(option: str) -> None:
+    """A variable that is empty in a script takes no password, no TLS and no history away."""
+    expect_failure(
+        2, f"error: argument {option}: no file is named; name one, or leave it out", f"{option}="
+    )
+
+
 def test_an_unknown_option_is_wrong_usage() -> None:
     """What is not an option is called so."""
     expect_failure(2, "error: unrecognized arguments: --shout", "--shout")
@@ -517,7 +535,7 @@ def test_who_is_turned_away_is_counted_once(guarded: Server) -> None:
     assert silent[0].rest()[-1] == protocol.TOO_MANY_UNNAMED
     guarded.expect_log(r"left: too many connections without a name")
     silent[1].end_input().rest()
-    guarded.expect_log(r"left: left without a name\n")
+    guarded.expect_log(r"left: the input ended before a name\n")
     expect_refused(guarded, too_many_connections_without_a_name=1)
 
 
@@ -642,11 +660,11 @@ def test_too_few_descriptors_are_told(
 @pytest.fixture
 def _ipv6() -> None:
     """Skip a test where there is no IPv6."""
-    with socket.socket(socket.AF_INET6) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))
-        except OSError:
-            pytest.skip("this machine has no IPv6 loopback")
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
 
 
 def expect_let_in(host: str, port: int, name: str) -> None:
@@ -718,12 +736,12 @@ def test_a_link_local_address_is_listened_on() -> None:
 
 def test_a_link_local_address_without_its_interface_is_told() -> None:
     """An address that is one only together with an interface is said to want it."""
-    with socket.socket(socket.AF_INET6) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("fe80::1", 0))
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                pytest.skip(f"this machine says {error}")
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            pytest.skip(f"this machine says {error}")
     expect_failure(1, "cannot listen on fe80::1 port 0: .*%eth0", "--port=0", "--host=fe80::1")
 
 

@@ -126,6 +126,9 @@ def test_certificate_for_another_host_is_refused(tmp_path: Path) -> None:
         line = complaint(chat_server.port, "--tls-ca", str(other.file))
         assert "not trusted" in line
         assert "127.0.0.1" in line
+        assert line.endswith(
+            "; give --host a name that is in it, or name it itself with --tls-fingerprint"
+        )
 
 
 def test_authority_that_is_not_there_is_named(tmp_path: Path) -> None:
