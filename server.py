@@ -3827,7 +3827,9 @@ class Database:
             )
         self._link: Any = None
         self._is_cancelled = False  # the server has warned that a wait for a standby was ended
-        self._hosts = [conninfo.make_conninfo(**host).encode() for host in hosts]
+        self._conninfo = conninfo.make_conninfo
+        self._hosts = hosts
+        self._lookups: dict[str, Lookup] = {}  # the last of each name
         self._tried = 0  # hosts, ever
         where = ",".join(str(host.get("host", "localhost")) for host in hosts)
         self.shown = f"postgresql://{where}/{options.get('dbname', '')}"
@@ -3841,10 +3843,11 @@ class Database:
         """Connect to the next host; raise `Away`."""
         self.close()
         deadline = time.monotonic() + seconds
-        host = self._hosts[self._tried % len(self._hosts)]
+        tried, number = divmod(self._tried, len(self._hosts))
         self._tried += 1
+        host = self._located(self._hosts[number], tried, deadline, tick)
         with self._failing():
-            self._link = link = self._pq.PGconn.connect_start(host)
+            self._link = link = self._pq.PGconn.connect_start(self._conninfo(**host).encode())
             polling = self._pq.PollingStatus
             state = polling.WRITING
             while state != polling.OK:
@@ -3932,6 +3935,31 @@ class Database:
         if link is not None:
             link.finish()
 
+    def _located(
+        self, host: dict[str, Any], tried: int, deadline: float, tick: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Return a host with its addresses, of which each is the first in turn; raise `Away`.
+
+        The driver would keep the interpreter's lock for as long as no name server answers.
+        """
+        name = str(host.get("host", ""))
+        if host.get("hostaddr") or not _is_looked_up(name):
+            return host
+        lookup = self._lookups.get(name)
+        if lookup is None or lookup.is_done.is_set():
+            self._lookups[name] = lookup = Lookup(name)
+        while not lookup.is_done.wait(min(0.25, max(0.0, deadline - time.monotonic()))):
+            tick()
+            if time.monotonic() > deadline:
+                raise Away(f"no name server says where {name} is")
+        if not lookup.addresses:
+            raise Away(f"nobody knows where {name} is")
+        first = tried % len(lookup.addresses)
+        addresses = lookup.addresses[first:] + lookup.addresses[:first]
+        lists = {"host": name, "port": str(host["port"])}
+        several = {key: ",".join([value] * len(addresses)) for key, value in lists.items()}
+        return {**host, **several, "hostaddr": ",".join(addresses)}
+
     def _wait(self, deadline: float, tick: Callable[[], None], writable: bool = False) -> None:
         """Wait for the socket; raise `Away` at the deadline."""
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writable else 0)
@@ -3975,6 +4003,36 @@ class Database:
         if self._link is None:
             return "it cannot be reached"
         return _last_line(self._link.error_message.decode("utf-8", "replace"))
+
+
+class Lookup:
+    """The search for the addresses of a name, in a thread that the system ends when it will."""
+
+    def __init__(self, name: str) -> None:
+        self.addresses: list[str] = []  # found, when it is done
+        self.is_done = threading.Event()
+        try:
+            threading.Thread(target=self._run, args=[name], name="lookup", daemon=True).start()
+        except RuntimeError as error:
+            raise Away(str(error)) from None
+
+    def _run(self, name: str) -> None:
+        try:
+            found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            self.addresses = [*dict.fromkeys(str(address[0]) for *_, address in found)]
+        except (OSError, UnicodeError):
+            pass  # there are none
+        finally:
+            self.is_done.set()
+
+
+def _is_looked_up(name: str) -> bool:
+    """Tell whether a host is neither an address nor a socket's folder."""
+    try:
+        ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return name[:1] not in ("", "/", "@")
+    return False
 
 
 def _hosts(options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,16 +9,19 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import postgres
 import pytest
-from chat import DEADLINE, Peer, Server, run_server, wait_until
+from chat import DEADLINE, STOP, Peer, Server, run_chat, run_server, stopping, wait_until
 from clients import Shown, chatting, flush
 from postgres import Postgres
 from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
@@ -1256,3 +1259,44 @@ def test_many_who_ask_while_the_database_is_away(cluster: Postgres, database: st
                 peer.expect_eventually("-> the history cannot be read; try again later")
         finally:
             cluster.signal(signal.SIGCONT)
+
+
+def test_a_name_that_no_name_server_knows_holds_nothing_up(
+    cluster: Postgres, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a host's name is looked for the next one is tried, people talk, and the end comes."""
+    answer, asked, real = threading.Event(), threading.Event(), socket.getaddrinfo
+
+    def look_up(host: Any, *options: Any, **more: Any) -> Any:
+        if host != "db.example":
+            return real(host, *options, **more)
+        asked.set()
+        answer.wait()
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr("server.CONNECT", 0.5)
+    name = database.rpartition("/")[2]
+    address = f"postgresql://chat@db.example,127.0.0.1:{cluster.port}/{name}"
+    try:
+        with run_chat(history=address) as server:
+            assert asked.is_set()
+            alice = Peer(server.port).join("alice")
+            end_connections(cluster, name)
+            alice.send("still here")
+            alice.expect_eventually("alice: still here")
+            began = time.monotonic()
+            with stopping(server):
+                alice.expect_eventually("-> the server is shutting down")
+            assert time.monotonic() - began < STOP
+            answer.set()
+    finally:
+        answer.set()
+
+
+def end_connections(cluster: Postgres, name: str) -> None:
+    """End all connections to a database, as an administrator may."""
+    cluster.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        f" WHERE datname = '{name}' AND pid <> pg_backend_pid()"
+    )
