@@ -3814,7 +3814,7 @@ class Database:
         conninfo: Any = psycopg.conninfo
         try:
             options = conninfo.conninfo_to_dict(address)
-            hosts = _hosts(options)
+            hosts = _hosts(_completed(self._pq, options, conninfo.make_conninfo))
         except (self._error, ValueError):  # of which nothing is shown: it may be a password
             raise HistoryError(
                 "--history is not an address; write it as postgresql://HOST,HOST:PORT/DATABASE,"
@@ -3831,7 +3831,7 @@ class Database:
         self._hosts = hosts
         self._lookups: dict[str, Lookup] = {}  # the last of each name
         self._tried = 0  # hosts, ever
-        where = ",".join(str(host.get("host", "localhost")) for host in hosts)
+        where = ",".join(host["host"] or host["hostaddr"] or "localhost" for host in hosts)
         self.shown = f"postgresql://{where}/{options.get('dbname', '')}"
 
     @property
@@ -4044,16 +4044,28 @@ def _hosts(options: dict[str, Any]) -> list[dict[str, Any]]:
         "target_session_attrs": "read-write", "client_encoding": "UTF8", "connect_timeout": "5",
         "application_name": "chat",
     }  # fmt: skip
-    options = {**options, **common}
-    hosts = str(options.get("host", "")).split(",")
-    ports = str(options.get("port", "")).split(",")
-    if hosts == [""]:
-        return [options]
-    if not all(port.isdecimal() for port in ports if port):
+    keys = ("host", "hostaddr", "port")
+    lists = {key: str(options.get(key) or "").split(",") for key in keys}
+    if not all(port.isdecimal() for port in lists["port"] if port):
         raise ValueError("a port is a number")
-    ports *= len(hosts) if len(ports) == 1 else 1
-    pairs = zip(hosts, ports, strict=True)
-    return [{**options, "host": host, "port": port or "5432"} for host, port in pairs]
+    count = max(len(lists["host"]), len(lists["hostaddr"]))
+    several = [values * count if len(values) == 1 else values for values in lists.values()]
+    return [
+        {**options, **common, "host": host, "hostaddr": address, "port": port or "5432"}
+        for host, address, port in zip(*several, strict=True)
+    ]
+
+
+def _completed(pq: Any, options: dict[str, Any], conninfo: Callable[..., str]) -> dict[str, Any]:
+    """Return options with the hosts that a service's file or the environment adds to them.
+
+    The driver tells of those only with a connection, so one is begun that gets no further.
+    """
+    link = pq.PGconn.connect_start(conninfo(**{**options, "target_session_attrs": "?"}).encode())
+    known = {option.keyword.decode(): option.val for option in link.info}
+    link.finish()
+    found = {key: (known[key] or b"").decode() for key in ("host", "hostaddr", "port")}
+    return {**options, **found}
 
 
 def _last_line(text: str) -> str:

@@ -1300,3 +1300,17 @@ def end_connections(cluster: Postgres, name: str) -> None:
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         f" WHERE datname = '{name}' AND pid <> pg_backend_pid()"
     )
+
+
+def test_hosts_that_a_service_names_are_tried_in_turn(
+    cluster: Postgres, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts from a service's file are as good as those in the address: one may be dead."""
+    with socket.create_server(("127.0.0.1", 0)) as dead:  # takes connections, and says nothing
+        services = tmp_path / "services"
+        ports = f"{dead.getsockname()[1]},{cluster.port}"
+        services.write_text(f"[chat]\nhost=127.0.0.1,127.0.0.1\nport={ports}\nuser=chat\n")
+        monkeypatch.setenv("PGSERVICEFILE", str(services))
+        address = f"postgresql:///{database.rpartition('/')[2]}?service=chat"
+        with servers(address, 1, CONNECT=0.5) as (one,):
+            Peer(one.port).join("alice")
