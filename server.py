@@ -3859,6 +3859,9 @@ class Database:
             link.notice_handler = self._note
         self.execute("SET synchronous_commit = on", seconds=seconds)
         self.execute("SET client_min_messages = warning", seconds=seconds)  # for `_note`
+        # What was given up must not go on waiting there: a standby that is away for an hour
+        # would have used up all connections by then.
+        self.execute(f"SET lock_timeout = {int(UNANSWERED * 1000)}", seconds=seconds)
         self.execute("SET default_transaction_isolation = 'read committed'", seconds=seconds)
 
     def reach(self, seconds: float, tick: Callable[[], None] = lambda: None) -> None:

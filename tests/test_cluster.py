@@ -1314,3 +1314,21 @@ def test_hosts_that_a_service_names_are_tried_in_turn(
         address = f"postgresql:///{database.rpartition('/')[2]}?service=chat"
         with servers(address, 1, CONNECT=0.5) as (one,):
             Peer(one.port).join("alice")
+
+
+def test_a_standby_that_is_away_for_long_costs_few_connections(
+    primary: tuple[Postgres, Postgres],
+) -> None:
+    """What servers have given up waits in the database no longer than they do."""
+    first, second = primary
+    with servers(both(first, second), 3, UNANSWERED=0.5, AGAIN=0.05) as three:
+        peers = [Peer(one.port).join(f"peer{number}") for number, one in enumerate(three)]
+        second.stop()
+        peers[0].send("not yet")
+        many = "SELECT count(*) > 20 FROM pg_stat_activity WHERE application_name = 'chat'"
+        until = time.monotonic() + 6
+        while time.monotonic() < until:
+            assert first.sql(many) == "f"
+            assert not wait_for_line(peers[2], 0.25) or peers[2].next_line()
+        second.start()
+        peers[2].expect_eventually("peer0: not yet")
