@@ -3988,9 +3988,8 @@ class Database:
         return rows
 
     def _note(self, notice: Any) -> None:
-        """Take a warning for what it is: what was committed may be nowhere else."""
-        severity = notice.error_field(self._pq.DiagnosticField.SEVERITY_NONLOCALIZED)
-        if severity == b"WARNING":
+        """Know a cancelled wait, of whose commit a standby may know nothing, by who warns."""
+        if notice.error_field(self._pq.DiagnosticField.SOURCE_FUNCTION) == b"SyncRepWaitForLSN":
             self._is_cancelled = True
 
     @contextlib.contextmanager

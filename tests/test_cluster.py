@@ -1332,3 +1332,18 @@ def test_a_standby_that_is_away_for_long_costs_few_connections(
             assert not wait_for_line(peers[2], 0.25) or peers[2].next_line()
         second.start()
         peers[2].expect_eventually("peer0: not yet")
+
+
+def test_a_warning_of_something_else_keeps_nobody_waiting(cluster: Postgres, database: str) -> None:
+    """A database that has a warning for each round is no database that is away."""
+    name = database.rpartition("/")[2]
+    with servers(database, 1) as (one,):
+        alice = Peer(one.port).join("alice")
+        cluster.sql(
+            "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$BEGIN RAISE WARNING 'must be vacuumed'; RETURN NEW; END$$;"
+            " CREATE TRIGGER warn BEFORE UPDATE ON chat.room FOR EACH ROW EXECUTE FUNCTION warn()",
+            name,
+        )
+        alice.send("said")
+        alice.expect("alice: said")
