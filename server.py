@@ -4892,7 +4892,10 @@ class Keeper:
             return
         self._check_followed(room.progress)
         for first in range(int(position), room.end, POINT_PAGE):
-            lines = self._history.between(first, min(first + POINT_PAGE, room.end))
+            end = min(first + POINT_PAGE, room.end)
+            lines = self._history.between(first, end)
+            if len(lines) < end - first:  # this server has begun anew just now
+                raise Away("lines are read from there at this moment")
             self._ask(
                 "INSERT INTO chat.lines SELECT (r->>0)::bigint, (r->>1)::float8, r->>2, r->>3,"
                 " r->>4 FROM json_array_elements($1::json) r ON CONFLICT DO NOTHING",

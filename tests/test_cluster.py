@@ -1347,3 +1347,17 @@ def test_a_warning_of_something_else_keeps_nobody_waiting(cluster: Postgres, dat
         )
         alice.send("said")
         alice.expect("alice: said")
+
+
+def test_a_point_has_all_lines_or_is_not_written(
+    cluster: Postgres, database: str, keeper: Keeper
+) -> None:
+    """A server that begins anew, and has not all lines in memory, leaves no hole in the table."""
+    name = database.rpartition("/")[2]
+    cluster.sql("SELECT chat.append(1, 77, 1, '[]', 9999)", name)
+    room = follow_first_round(cluster, name)
+    room.end = int(cluster.sql("SELECT position FROM chat.points", name)) + 10
+    with pytest.raises(Away):
+        keeper._keep(room)
+    keeper._database.close()
+    assert cluster.sql("SELECT number FROM chat.points", name) == "0"
