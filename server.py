@@ -4857,7 +4857,7 @@ class Keeper:
         try:
             self._keep(room)
         except Away as error:
-            if not self._is_failing:
+            if not (self._is_failing or self._ending.is_set()):
                 log.error("cannot keep what is said for who starts late: %s", error)
             self._is_failing = True
         except Exception:
@@ -4879,7 +4879,7 @@ class Keeper:
 
     def _keep(self, room: Room) -> None:
         """Write a point of the room, unless somebody else has or does."""
-        _ask(self._database, "BEGIN")
+        _ask(self._database, "BEGIN", tick=self._tick)
         [(is_alone,)] = self._ask(f"SELECT pg_try_advisory_xact_lock({LOCK} + 1)::int")
         [(last, position, age)] = self._ask(
             "SELECT number, position, extract(epoch FROM clock_timestamp()) - time"
@@ -4929,7 +4929,11 @@ class Keeper:
             raise Away("its log is not the one that is followed here")
 
     def _ask(self, statement: str, *values: object) -> list[tuple[str, ...]]:
-        return self._database.execute(statement, *values, seconds=READ_ALL)
+        return self._database.execute(statement, *values, seconds=READ_ALL, tick=self._tick)
+
+    def _tick(self) -> None:
+        if self._ending.is_set():
+            raise Away("the server ends")
 
 
 def open_log(broadcaster: Broadcaster, waker: Waker) -> EntryLog:

@@ -1361,3 +1361,13 @@ def test_a_point_has_all_lines_or_is_not_written(
         keeper._keep(room)
     keeper._database.close()
     assert cluster.sql("SELECT number FROM chat.points", name) == "0"
+
+
+def test_what_a_point_waits_for_is_given_up_at_the_end(keeper: Keeper) -> None:
+    """A database that does not come to an end with a point keeps no thread of a server's."""
+    keeper._database.connect(DEADLINE)
+    keeper._ending.set()
+    began = time.monotonic()
+    with pytest.raises(Away):
+        keeper._ask("SELECT pg_sleep(30)")
+    assert time.monotonic() - began < STOP
