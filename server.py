@@ -4874,7 +4874,8 @@ class Keeper:
     def _is_due(self, room: Room, age: float) -> bool:
         rounds, lines = room.progress.number - self._last, room.end - self._position
         is_long = rounds >= POINT_ROUNDS or lines >= POINT_LINES
-        is_old = age >= POINT_SECONDS and self._history.busy > self._last_but_one
+        # Less than none: the database's clock was set back, or is another one's now.
+        is_old = not 0 <= age < POINT_SECONDS and self._history.busy > self._last_but_one
         return room.progress.number > self._last and (is_long or is_old)
 
     def _keep(self, room: Room) -> None:
@@ -4910,7 +4911,9 @@ class Keeper:
         self._ask("DELETE FROM chat.points WHERE number < $1", last)
         before = "extract(epoch FROM clock_timestamp()) -"
         self._ask(
-            f"DELETE FROM chat.rounds WHERE number <= $1 AND time < {before} {TRIM_SECONDS}", last
+            f"DELETE FROM chat.rounds WHERE number <= $1"
+            f" AND NOT time BETWEEN {before} {TRIM_SECONDS} AND {before} 0",
+            last,
         )
         # Not one that is in the room: a clock that is put forward must not have it said twice.
         here = ",".join(map(str, room.servers))

@@ -1363,6 +1363,23 @@ def test_a_point_has_all_lines_or_is_not_written(
     assert cluster.sql("SELECT number FROM chat.points", name) == "0"
 
 
+def test_private_text_goes_though_the_clock_was_set_back(cluster: Postgres, database: str) -> None:
+    """Points are written and rounds go also while the last ones are of a later time."""
+    name = database.rpartition("/")[2]
+    quick = {"KEEP_LOOK": 0.05, "POINT_SECONDS": 0.2, "TRIM_SECONDS": 0, "CONFIRM": 0.1}
+    secret = "SELECT count(*) FROM chat.rounds WHERE entries LIKE '%xyzzy%'"
+    with one_more(database, KEEP_LOOK=1000.0) as one:
+        alice = Peer(one.port).join("alice")
+        alice.send("/msg alice xyzzy")
+        alice.expect("-> to alice: xyzzy", "[from alice] xyzzy")
+    cluster.sql(
+        "UPDATE chat.rounds SET time = time + 3600; UPDATE chat.points SET time = time + 3600", name
+    )
+    assert cluster.sql(secret, name) == "1"
+    with servers(database, 1, **quick):
+        wait_until(lambda: cluster.sql(secret, name) == "0", "private text to be gone")
+
+
 def test_what_a_point_waits_for_is_given_up_at_the_end(keeper: Keeper) -> None:
     """A database that does not come to an end with a point keeps no thread of a server's."""
     keeper._database.connect(DEADLINE)
