@@ -4207,7 +4207,7 @@ class SharedHistory(History):
         self.first = self._oldest = self._kept = 0  # until it begins
         self._time = 0.0  # of the last round that has brought lines
         self.busy = 0  # the number of the last round in which anything happened
-        readers = (Reader(address, self._ending) for _ in range(3))
+        readers = (Reader(address, lambda: self._kept, self._ending) for _ in range(3))
         self._pages, self._questions, self._searches = readers
         prepare(Database(address), fmt)
 
@@ -4311,8 +4311,9 @@ class SharedHistory(History):
 class Reader:
     """A connection for questions, kept between them; any thread, under its lock."""
 
-    def __init__(self, address: str, ending: threading.Event) -> None:
+    def __init__(self, address: str, kept: Callable[[], int], ending: threading.Event) -> None:
         self._database = Database(address)
+        self._kept = kept  # up to which position the table has all lines
         self._ending = ending  # nobody waits any more
         self._lock = threading.Lock()  # guards the connection: one question at a time
 
@@ -4321,7 +4322,7 @@ class Reader:
         if not self._lock.acquire(timeout=UNANSWERED):
             raise NotReadable("it does not answer those who asked before")
         try:
-            return _ask(self._database, statement, *values, tick=self._tick)
+            return _ask(self._database, statement, *values, tick=self._tick, check=self._check)
         except Away as error:
             raise NotReadable(str(error)) from None
         finally:
@@ -4330,6 +4331,14 @@ class Reader:
     def _tick(self) -> None:
         if self._ending.is_set():
             raise Away("the server ends")
+
+    def _check(self) -> None:
+        """Raise `Away` for a former primary, which has not all that is in the table."""
+        [(position,)] = self._database.execute(
+            "SELECT max(position) FROM chat.points", seconds=UNANSWERED, tick=self._tick
+        )
+        if int(position or 0) < self._kept():
+            raise Away("it is not the one that is followed here")
 
     def close(self) -> None:
         """Close the connection, when nobody asks."""
@@ -4347,18 +4356,24 @@ def _ask(
     statement: str,
     *values: object,
     tick: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[tuple[str, ...]]:
-    """Ask on a connection that is kept, or on a new one if it broke; raise `Away`."""
-    try:
-        return database.execute(statement, *values, seconds=UNANSWERED, tick=tick)
-    except Away:
+    """Ask on a connection that is kept, or else on a new one to each host; raise `Away`.
+
+    `check` raises it for a host that is not to be asked.
+    """
+    for left in reversed(range(database.hosts + 1)):
         try:
-            tick()
-            database.reach(CONNECT, tick)
+            if left < database.hosts:
+                tick()
+                database.connect(CONNECT, tick)
+            check()
             return database.execute(statement, *values, seconds=UNANSWERED, tick=tick)
         except Away:
-            database.close()
-            raise
+            if not left:
+                database.close()
+                raise
+    raise AssertionError("there is a host")
 
 
 class Arrival(NamedTuple):

@@ -1380,6 +1380,35 @@ def test_private_text_goes_though_the_clock_was_set_back(cluster: Postgres, data
         wait_until(lambda: cluster.sql(secret, name) == "0", "private text to be gone")
 
 
+def test_a_former_primary_is_not_asked_for_what_was_said(
+    primary: tuple[Postgres, Postgres],
+) -> None:
+    """Who was away gets all lines from the table of the database that is followed, none missed."""
+    first, second = primary
+    quick = {"KEEP_LOOK": 0.1, "POINT_LINES": 50, "UNANSWERED": 1.0, "RETAINED": 20}
+    with servers(both(first, second), 1, **quick) as (one,):
+        alice = Peer(one.port).introduce("alice -0")
+        alice.expect_match("-> Welcome, alice!.*")
+        position = int(alice.expect_match(r"-> at (\d+)")[1])
+        lines = [f"alice: line {number}" for number in range(300)]
+        for start in 0, 150:
+            for line in lines[start : start + 150]:
+                alice.send(line)
+                alice.expect_eventually(line)
+            if not start:
+                first.kill()
+                second.promote()
+        kept = f"SELECT count(*) > 250 FROM chat.lines WHERE position >= {position}"
+        wait_until(lambda: second.sql(kept) == "t", "the lines to be in the table")
+        first.start()
+        bob = Peer(one.port).introduce(f"bob {position + 1}")
+        bob.expect_match("-> Welcome, bob!.*")
+        bob.expect(f"-> at {position + 1}", *lines)
+        bob.send("/search line 1", "/history 100")
+        found = bob.lines(1 + 20 + 100)
+        assert found[-2].endswith(lines[-1])
+
+
 def test_what_a_point_waits_for_is_given_up_at_the_end(keeper: Keeper) -> None:
     """A database that does not come to an end with a point keeps no thread of a server's."""
     keeper._database.connect(DEADLINE)
