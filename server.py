@@ -4424,6 +4424,7 @@ class SharedLog(EntryLog):
         self._arrived: deque[Arrival] = deque()
         # What the room waits for, for longer than people can be left without a word.
         self._awaited: set[str] = set()
+        self._is_over = False  # nobody applies anything any more
         # Guarded by the lock: all of the above.  The broadcaster's own:
         self._served: list[Handed] = []  # of ours, in the round that is being applied
         self._entered = 0  # the name under which this server is in the room
@@ -4493,6 +4494,10 @@ class SharedLog(EntryLog):
         """Say that this server ends, if the database is there, and end the threads."""
         if self._scribe.stop():
             self._waker.close()
+        with self._lock:
+            self._is_over = True
+            arrived, self._arrived = self._arrived, deque()
+        self.drop([one for arrival in arrived for one in arrival.handed])
         self.drop(self.gather(is_due=True) or [])
         self._keeper.stop()
 
@@ -4540,9 +4545,13 @@ class SharedLog(EntryLog):
 
     def deliver(self, *handed: Handed, beginning: Beginning | None = None) -> None:
         """Have the broadcaster apply what has come."""
-        if handed:
-            with self._lock:
+        with self._lock:
+            is_over = self._is_over
+            if handed and not is_over:
                 self._arrived.append(Arrival([*handed], beginning))
+        if is_over:
+            self.drop([*handed])
+        elif handed:
             self._room_waker.wake()
 
     def forget(self, handed: list[Handed]) -> None:

@@ -29,14 +29,18 @@ from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
 import client
 from client import ChatClient
 from server import (
+    Asked,
     Away,
     ChatServer,
     Database,
     Entered,
+    Handed,
     HistoryError,
     Keeper,
+    Outcome,
     Room,
     SharedHistory,
+    SharedLog,
     Turn,
     prepare,
 )
@@ -1407,6 +1411,26 @@ def test_a_former_primary_is_not_asked_for_what_was_said(
         bob.send("/search line 1", "/history 100")
         found = bob.lines(1 + 20 + 100)
         assert found[-2].endswith(lines[-1])
+
+
+def test_nobody_waits_on_when_a_server_has_ended(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for what comes from the log when no round will come to it any more is told."""
+    with run_chat(history=database) as server:
+        log = server.broadcaster.entries
+        assert isinstance(log, SharedLog)
+        stop, outcomes = log.stop, [Outcome(), Outcome()]
+        entry = Asked(1, "names")
+
+        def stop_later() -> None:
+            log.deliver(Handed(entry, outcomes[0]))
+            stop()
+            log.deliver(Handed(entry, outcomes[1]))
+
+        monkeypatch.setattr(log, "stop", stop_later)
+    for outcome in outcomes:
+        assert outcome._settled.is_set()
 
 
 def test_what_a_point_waits_for_is_given_up_at_the_end(keeper: Keeper) -> None:
