@@ -3777,11 +3777,11 @@ class Follower:
         handed: list[Handed] = []
         rows = [row for row in rows if row.number > self.number]
         ours = (self.server, self._batch)
-        # All of them first: what cannot be read must not take a round of ours along.
+        # All of them first: what is missing or cannot be read must not take a round of ours along.
+        if any(row.number != number for number, row in enumerate(rows, self.number + 1)):
+            raise Over  # it was trimmed away
         read = [[] if row[2:4] == ours else _entries(row) for row in rows]
         for row, entries in zip(rows, read, strict=True):
-            if row.number != self.number + 1:
-                raise Over  # what is missing was trimmed away
             handed.append(Handed(Turn(row.server, row.time, row.number)))
             if row[2:4] == ours:
                 handed += self._under_way or ()
