@@ -4822,7 +4822,14 @@ def _read_beginning(database: Database, server: int, count: int, fmt: str) -> Be
     )[::-1]
     [(oldest,)] = database.execute("SELECT min(position) FROM chat.lines")
     database.execute("COMMIT")
-    state = _parsed(text)
+    try:
+        state = _parsed(text)
+        Room.restored(state)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise HistoryError(
+            f"point {number} of the history cannot be read; use the version that wrote it,"
+            " or restore the database from a backup"
+        ) from None
     last = [line for _, line in map(_recalled, lines)]
     return Beginning(
         server,

@@ -1433,6 +1433,23 @@ def test_nobody_waits_on_when_a_server_has_ended(
         assert outcome._settled.is_set()
 
 
+@pytest.mark.parametrize("state", ["garbage", "{}", "[]"])
+def test_a_point_that_cannot_be_read_is_told_in_one_line(
+    cluster: Postgres, database: str, state: str
+) -> None:
+    """A server that cannot begin with it ends, and does not try for ever."""
+    with one_more(database):
+        pass
+    cluster.sql(f"UPDATE chat.points SET state = '{state}'", database.rpartition("/")[2])
+    server = Server("--history", database)
+    try:
+        assert server.wait(DEADLINE) == 1
+        assert "of the history cannot be read" in server.log()
+        assert "Traceback" not in server.log()
+    finally:
+        server.end()
+
+
 def test_what_a_point_waits_for_is_given_up_at_the_end(keeper: Keeper) -> None:
     """A database that does not come to an end with a point keeps no thread of a server's."""
     keeper._database.connect(DEADLINE)
