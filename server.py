@@ -2259,6 +2259,9 @@ class Broadcaster:
                     log.exception("a round failed; the room goes on")
                 with contextlib.suppress(Exception):
                     time.sleep(ROUND)
+        with contextlib.suppress(Exception):  # who was to hear something first that never came
+            self._say_goodbye()
+            self._serve_due()
         for output in self._following:
             output.release()
         for handed in self.entries.take():  # no round will come to it

@@ -1450,6 +1450,26 @@ def test_a_point_that_cannot_be_read_is_told_in_one_line(
         server.end()
 
 
+def test_people_are_told_of_the_end_though_the_database_is_away(
+    cluster: Postgres, database: str
+) -> None:
+    """A server that ends while something waits says so, as any does."""
+    server = Server("--history", database)
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        alice = Peer(server.port).join("alice")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            alice.send("never said")
+            alice.expect("-> the room is waiting; what you say is kept")
+            assert server.stop() == 0
+        finally:
+            cluster.signal(signal.SIGCONT)
+        assert alice.rest() == ["-> the server is shutting down"]
+    finally:
+        server.end()
+
+
 def test_what_a_point_waits_for_is_given_up_at_the_end(keeper: Keeper) -> None:
     """A database that does not come to an end with a point keeps no thread of a server's."""
     keeper._database.connect(DEADLINE)
