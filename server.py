@@ -4509,13 +4509,15 @@ class SharedLog(EntryLog):
     def take(self) -> list[Handed]:
         """Return what has come, up to where the room goes on from somewhere else."""
         batch: list[Handed] = []
+        first: Beginning | None = None
         with self._lock:
             while self._arrived and not (batch and self._arrived[0].beginning):
                 handed, beginning = self._arrived.popleft()
-                if beginning is not None:
-                    self._history.begin(beginning)
-                    self._entered = beginning.server
+                first = first or beginning
                 batch += handed
+        if first is not None:
+            self._history.begin(first)
+            self._entered = first.server
         number = 0
         for one in batch:
             if isinstance(one.entry, Turn):
