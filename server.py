@@ -2259,6 +2259,9 @@ class Broadcaster:
                     log.exception("a round failed; the room goes on")
                 with contextlib.suppress(Exception):
                     time.sleep(ROUND)
+        with contextlib.suppress(Exception):  # who was to hear something first that never came
+            self._say_goodbye()
+            self._serve_due()
         for output in self._following:
             output.release()
         for handed in self.entries.take():  # no round will come to it
@@ -3778,11 +3781,11 @@ class Follower:
         handed: list[Handed] = []
         rows = [row for row in rows if row.number > self.number]
         ours = (self.server, self._batch)
-        # All of them first: what cannot be read must not take a round of ours along.
+        # All of them first: what is missing or cannot be read must not take a round of ours along.
+        if any(row.number != number for number, row in enumerate(rows, self.number + 1)):
+            raise Over  # it was trimmed away
         read = [[] if row[2:4] == ours else _entries(row) for row in rows]
         for row, entries in zip(rows, read, strict=True):
-            if row.number != self.number + 1:
-                raise Over  # what is missing was trimmed away
             handed.append(Handed(Turn(row.server, row.time, row.number)))
             if row[2:4] == ours:
                 handed += self._under_way or ()
@@ -3815,7 +3818,7 @@ class Database:
         conninfo: Any = psycopg.conninfo
         try:
             options = conninfo.conninfo_to_dict(address)
-            hosts = _hosts(options)
+            hosts = _hosts(_completed(self._pq, options, conninfo.make_conninfo))
         except (self._error, ValueError):  # of which nothing is shown: it may be a password
             raise HistoryError(
                 "--history is not an address; write it as postgresql://HOST,HOST:PORT/DATABASE,"
@@ -3828,9 +3831,11 @@ class Database:
             )
         self._link: Any = None
         self._is_cancelled = False  # the server has warned that a wait for a standby was ended
-        self._hosts = [conninfo.make_conninfo(**host).encode() for host in hosts]
+        self._conninfo = conninfo.make_conninfo
+        self._hosts = hosts
+        self._lookups: dict[str, Lookup] = {}  # the last of each name
         self._tried = 0  # hosts, ever
-        where = ",".join(str(host.get("host", "localhost")) for host in hosts)
+        where = ",".join(host["host"] or host["hostaddr"] or "localhost" for host in hosts)
         self.shown = f"postgresql://{where}/{options.get('dbname', '')}"
 
     @property
@@ -3842,10 +3847,11 @@ class Database:
         """Connect to the next host; raise `Away`."""
         self.close()
         deadline = time.monotonic() + seconds
-        host = self._hosts[self._tried % len(self._hosts)]
+        tried, number = divmod(self._tried, len(self._hosts))
         self._tried += 1
+        host = self._located(self._hosts[number], tried, deadline, tick)
         with self._failing():
-            self._link = link = self._pq.PGconn.connect_start(host)
+            self._link = link = self._pq.PGconn.connect_start(self._conninfo(**host).encode())
             polling = self._pq.PollingStatus
             state = polling.WRITING
             while state != polling.OK:
@@ -3857,6 +3863,9 @@ class Database:
             link.notice_handler = self._note
         self.execute("SET synchronous_commit = on", seconds=seconds)
         self.execute("SET client_min_messages = warning", seconds=seconds)  # for `_note`
+        # What was given up must not go on waiting there: a standby that is away for an hour
+        # would have used up all connections by then.
+        self.execute(f"SET lock_timeout = {int(UNANSWERED * 1000)}", seconds=seconds)
         self.execute("SET default_transaction_isolation = 'read committed'", seconds=seconds)
 
     def reach(self, seconds: float, tick: Callable[[], None] = lambda: None) -> None:
@@ -3933,6 +3942,31 @@ class Database:
         if link is not None:
             link.finish()
 
+    def _located(
+        self, host: dict[str, Any], tried: int, deadline: float, tick: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Return a host with its addresses, of which each is the first in turn; raise `Away`.
+
+        The driver would keep the interpreter's lock for as long as no name server answers.
+        """
+        name = str(host.get("host", ""))
+        if host.get("hostaddr") or not _is_looked_up(name):
+            return host
+        lookup = self._lookups.get(name)
+        if lookup is None or lookup.is_done.is_set():
+            self._lookups[name] = lookup = Lookup(name)
+        while not lookup.is_done.wait(min(0.25, max(0.0, deadline - time.monotonic()))):
+            tick()
+            if time.monotonic() > deadline:
+                raise Away(f"no name server says where {name} is")
+        if not lookup.addresses:
+            raise Away(f"nobody knows where {name} is")
+        first = tried % len(lookup.addresses)
+        addresses = lookup.addresses[first:] + lookup.addresses[:first]
+        lists = {"host": name, "port": str(host["port"])}
+        several = {key: ",".join([value] * len(addresses)) for key, value in lists.items()}
+        return {**host, **several, "hostaddr": ",".join(addresses)}
+
     def _wait(self, deadline: float, tick: Callable[[], None], writable: bool = False) -> None:
         """Wait for the socket; raise `Away` at the deadline."""
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writable else 0)
@@ -3958,9 +3992,8 @@ class Database:
         return rows
 
     def _note(self, notice: Any) -> None:
-        """Take a warning for what it is: what was committed may be nowhere else."""
-        severity = notice.error_field(self._pq.DiagnosticField.SEVERITY_NONLOCALIZED)
-        if severity == b"WARNING":
+        """Know a cancelled wait, of whose commit a standby may know nothing, by who warns."""
+        if notice.error_field(self._pq.DiagnosticField.SOURCE_FUNCTION) == b"SyncRepWaitForLSN":
             self._is_cancelled = True
 
     @contextlib.contextmanager
@@ -3978,6 +4011,36 @@ class Database:
         return _last_line(self._link.error_message.decode("utf-8", "replace"))
 
 
+class Lookup:
+    """The search for the addresses of a name, in a thread that the system ends when it will."""
+
+    def __init__(self, name: str) -> None:
+        self.addresses: list[str] = []  # found, when it is done
+        self.is_done = threading.Event()
+        try:
+            threading.Thread(target=self._run, args=[name], name="lookup", daemon=True).start()
+        except RuntimeError as error:
+            raise Away(str(error)) from None
+
+    def _run(self, name: str) -> None:
+        try:
+            found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            self.addresses = [*dict.fromkeys(str(address[0]) for *_, address in found)]
+        except (OSError, UnicodeError):
+            pass  # there are none
+        finally:
+            self.is_done.set()
+
+
+def _is_looked_up(name: str) -> bool:
+    """Tell whether a host is neither an address nor a socket's folder."""
+    try:
+        ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return name[:1] not in ("", "/", "@")
+    return False
+
+
 def _hosts(options: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the options for each host of several; they are tried in turn, by us.
 
@@ -3987,16 +4050,28 @@ def _hosts(options: dict[str, Any]) -> list[dict[str, Any]]:
         "target_session_attrs": "read-write", "client_encoding": "UTF8", "connect_timeout": "5",
         "application_name": "chat",
     }  # fmt: skip
-    options = {**options, **common}
-    hosts = str(options.get("host", "")).split(",")
-    ports = str(options.get("port", "")).split(",")
-    if hosts == [""]:
-        return [options]
-    if not all(port.isdecimal() for port in ports if port):
+    keys = ("host", "hostaddr", "port")
+    lists = {key: str(options.get(key) or "").split(",") for key in keys}
+    if not all(port.isdecimal() for port in lists["port"] if port):
         raise ValueError("a port is a number")
-    ports *= len(hosts) if len(ports) == 1 else 1
-    pairs = zip(hosts, ports, strict=True)
-    return [{**options, "host": host, "port": port or "5432"} for host, port in pairs]
+    count = max(len(lists["host"]), len(lists["hostaddr"]))
+    several = [values * count if len(values) == 1 else values for values in lists.values()]
+    return [
+        {**options, **common, "host": host, "hostaddr": address, "port": port or "5432"}
+        for host, address, port in zip(*several, strict=True)
+    ]
+
+
+def _completed(pq: Any, options: dict[str, Any], conninfo: Callable[..., str]) -> dict[str, Any]:
+    """Return options with the hosts that a service's file or the environment adds to them.
+
+    The driver tells of those only with a connection, so one is begun that gets no further.
+    """
+    link = pq.PGconn.connect_start(conninfo(**{**options, "target_session_attrs": "?"}).encode())
+    known = {option.keyword.decode(): option.val for option in link.info}
+    link.finish()
+    found = {key: (known[key] or b"").decode() for key in ("host", "hostaddr", "port")}
+    return {**options, **found}
 
 
 def _last_line(text: str) -> str:
@@ -4136,7 +4211,7 @@ class SharedHistory(History):
         self.first = self._oldest = self._kept = 0  # until it begins
         self._time = 0.0  # of the last round that has brought lines
         self.busy = 0  # the number of the last round in which anything happened
-        readers = (Reader(address, self._ending) for _ in range(3))
+        readers = (Reader(address, lambda: self._kept, self._ending) for _ in range(3))
         self._pages, self._questions, self._searches = readers
         prepare(Database(address), fmt)
 
@@ -4240,8 +4315,9 @@ class SharedHistory(History):
 class Reader:
     """A connection for questions, kept between them; any thread, under its lock."""
 
-    def __init__(self, address: str, ending: threading.Event) -> None:
+    def __init__(self, address: str, kept: Callable[[], int], ending: threading.Event) -> None:
         self._database = Database(address)
+        self._kept = kept  # up to which position the table has all lines
         self._ending = ending  # nobody waits any more
         self._lock = threading.Lock()  # guards the connection: one question at a time
 
@@ -4250,7 +4326,7 @@ class Reader:
         if not self._lock.acquire(timeout=UNANSWERED):
             raise NotReadable("it does not answer those who asked before")
         try:
-            return _ask(self._database, statement, *values, tick=self._tick)
+            return _ask(self._database, statement, *values, tick=self._tick, check=self._check)
         except Away as error:
             raise NotReadable(str(error)) from None
         finally:
@@ -4259,6 +4335,14 @@ class Reader:
     def _tick(self) -> None:
         if self._ending.is_set():
             raise Away("the server ends")
+
+    def _check(self) -> None:
+        """Raise `Away` for a former primary, which has not all that is in the table."""
+        [(position,)] = self._database.execute(
+            "SELECT max(position) FROM chat.points", seconds=UNANSWERED, tick=self._tick
+        )
+        if int(position or 0) < self._kept():
+            raise Away("it is not the one that is followed here")
 
     def close(self) -> None:
         """Close the connection, when nobody asks."""
@@ -4276,18 +4360,24 @@ def _ask(
     statement: str,
     *values: object,
     tick: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[tuple[str, ...]]:
-    """Ask on a connection that is kept, or on a new one if it broke; raise `Away`."""
-    try:
-        return database.execute(statement, *values, seconds=UNANSWERED, tick=tick)
-    except Away:
+    """Ask on a connection that is kept, or else on a new one to each host; raise `Away`.
+
+    `check` raises it for a host that is not to be asked.
+    """
+    for left in reversed(range(database.hosts + 1)):
         try:
-            tick()
-            database.reach(CONNECT, tick)
+            if left < database.hosts:
+                tick()
+                database.connect(CONNECT, tick)
+            check()
             return database.execute(statement, *values, seconds=UNANSWERED, tick=tick)
         except Away:
-            database.close()
-            raise
+            if not left:
+                database.close()
+                raise
+    raise AssertionError("there is a host")
 
 
 class Arrival(NamedTuple):
@@ -4338,6 +4428,7 @@ class SharedLog(EntryLog):
         self._arrived: deque[Arrival] = deque()
         # What the room waits for, for longer than people can be left without a word.
         self._awaited: set[str] = set()
+        self._is_over = False  # nobody applies anything any more
         # Guarded by the lock: all of the above.  The broadcaster's own:
         self._served: list[Handed] = []  # of ours, in the round that is being applied
         self._entered = 0  # the name under which this server is in the room
@@ -4407,6 +4498,10 @@ class SharedLog(EntryLog):
         """Say that this server ends, if the database is there, and end the threads."""
         if self._scribe.stop():
             self._waker.close()
+        with self._lock:
+            self._is_over = True
+            arrived, self._arrived = self._arrived, deque()
+        self.drop([one for arrival in arrived for one in arrival.handed])
         self.drop(self.gather(is_due=True) or [])
         self._keeper.stop()
 
@@ -4415,13 +4510,15 @@ class SharedLog(EntryLog):
     def take(self) -> list[Handed]:
         """Return what has come, up to where the room goes on from somewhere else."""
         batch: list[Handed] = []
+        first: Beginning | None = None
         with self._lock:
             while self._arrived and not (batch and self._arrived[0].beginning):
                 handed, beginning = self._arrived.popleft()
-                if beginning is not None:
-                    self._history.begin(beginning)
-                    self._entered = beginning.server
+                first = first or beginning
                 batch += handed
+        if first is not None:
+            self._history.begin(first)
+            self._entered = first.server
         number = 0
         for one in batch:
             if isinstance(one.entry, Turn):
@@ -4454,9 +4551,13 @@ class SharedLog(EntryLog):
 
     def deliver(self, *handed: Handed, beginning: Beginning | None = None) -> None:
         """Have the broadcaster apply what has come."""
-        if handed:
-            with self._lock:
+        with self._lock:
+            is_over = self._is_over
+            if handed and not is_over:
                 self._arrived.append(Arrival([*handed], beginning))
+        if is_over:
+            self.drop([*handed])
+        elif handed:
             self._room_waker.wake()
 
     def forget(self, handed: list[Handed]) -> None:
@@ -4732,7 +4833,14 @@ def _read_beginning(database: Database, server: int, count: int, fmt: str) -> Be
     )[::-1]
     [(oldest,)] = database.execute("SELECT min(position) FROM chat.lines")
     database.execute("COMMIT")
-    state = _parsed(text)
+    try:
+        state = _parsed(text)
+        Room.restored(state)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise HistoryError(
+            f"point {number} of the history cannot be read; use the version that wrote it,"
+            " or restore the database from a backup"
+        ) from None
     last = [line for _, line in map(_recalled, lines)]
     return Beginning(
         server,
@@ -4791,7 +4899,7 @@ class Keeper:
         try:
             self._keep(room)
         except Away as error:
-            if not self._is_failing:
+            if not (self._is_failing or self._ending.is_set()):
                 log.error("cannot keep what is said for who starts late: %s", error)
             self._is_failing = True
         except Exception:
@@ -4808,12 +4916,13 @@ class Keeper:
     def _is_due(self, room: Room, age: float) -> bool:
         rounds, lines = room.progress.number - self._last, room.end - self._position
         is_long = rounds >= POINT_ROUNDS or lines >= POINT_LINES
-        is_old = age >= POINT_SECONDS and self._history.busy > self._last_but_one
+        # Less than none: the database's clock was set back, or is another one's now.
+        is_old = not 0 <= age < POINT_SECONDS and self._history.busy > self._last_but_one
         return room.progress.number > self._last and (is_long or is_old)
 
     def _keep(self, room: Room) -> None:
         """Write a point of the room, unless somebody else has or does."""
-        _ask(self._database, "BEGIN")
+        _ask(self._database, "BEGIN", tick=self._tick)
         [(is_alone,)] = self._ask(f"SELECT pg_try_advisory_xact_lock({LOCK} + 1)::int")
         [(last, position, age)] = self._ask(
             "SELECT number, position, extract(epoch FROM clock_timestamp()) - time"
@@ -4826,7 +4935,10 @@ class Keeper:
             return
         self._check_followed(room.progress)
         for first in range(int(position), room.end, POINT_PAGE):
-            lines = self._history.between(first, min(first + POINT_PAGE, room.end))
+            end = min(first + POINT_PAGE, room.end)
+            lines = self._history.between(first, end)
+            if len(lines) < end - first:  # this server has begun anew just now
+                raise Away("lines are read from there at this moment")
             self._ask(
                 "INSERT INTO chat.lines SELECT (r->>0)::bigint, (r->>1)::float8, r->>2, r->>3,"
                 " r->>4 FROM jsonb_array_elements($1::jsonb) r ON CONFLICT DO NOTHING",
@@ -4841,7 +4953,9 @@ class Keeper:
         self._ask("DELETE FROM chat.points WHERE number < $1", last)
         before = "extract(epoch FROM clock_timestamp()) -"
         self._ask(
-            f"DELETE FROM chat.rounds WHERE number <= $1 AND time < {before} {TRIM_SECONDS}", last
+            f"DELETE FROM chat.rounds WHERE number <= $1"
+            f" AND NOT time BETWEEN {before} {TRIM_SECONDS} AND {before} 0",
+            last,
         )
         # Not one that is in the room: a clock that is put forward must not have it said twice.
         here = ",".join(map(str, room.servers))
@@ -4860,7 +4974,11 @@ class Keeper:
             raise Away("its log is not the one that is followed here")
 
     def _ask(self, statement: str, *values: object) -> list[tuple[str, ...]]:
-        return self._database.execute(statement, *values, seconds=READ_ALL)
+        return self._database.execute(statement, *values, seconds=READ_ALL, tick=self._tick)
+
+    def _tick(self) -> None:
+        if self._ending.is_set():
+            raise Away("the server ends")
 
 
 def open_log(broadcaster: Broadcaster, waker: Waker) -> EntryLog:

@@ -9,16 +9,19 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import postgres
 import pytest
-from chat import DEADLINE, Peer, Server, run_server, wait_until
+from chat import DEADLINE, STOP, Peer, Server, run_chat, run_server, stopping, wait_until
 from clients import Shown, chatting, flush
 from postgres import Postgres
 from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
@@ -26,14 +29,18 @@ from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
 import client
 from client import ChatClient
 from server import (
+    Asked,
     Away,
     ChatServer,
     Database,
     Entered,
+    Handed,
     HistoryError,
     Keeper,
+    Outcome,
     Room,
     SharedHistory,
+    SharedLog,
     Turn,
     prepare,
 )
@@ -1266,3 +1273,218 @@ def test_many_who_ask_while_the_database_is_away(cluster: Postgres, database: st
                 peer.expect_eventually("-> the history cannot be read; try again later")
         finally:
             cluster.signal(signal.SIGCONT)
+
+
+def test_a_name_that_no_name_server_knows_holds_nothing_up(
+    cluster: Postgres, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a host's name is looked for the next one is tried, people talk, and the end comes."""
+    answer, asked, real = threading.Event(), threading.Event(), socket.getaddrinfo
+
+    def look_up(host: Any, *options: Any, **more: Any) -> Any:
+        if host != "db.example":
+            return real(host, *options, **more)
+        asked.set()
+        answer.wait()
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr("server.CONNECT", 0.5)
+    name = database.rpartition("/")[2]
+    address = f"postgresql://chat@db.example,127.0.0.1:{cluster.port}/{name}"
+    try:
+        with run_chat(history=address) as server:
+            assert asked.is_set()
+            alice = Peer(server.port).join("alice")
+            end_connections(cluster, name)
+            alice.send("still here")
+            alice.expect_eventually("alice: still here")
+            began = time.monotonic()
+            with stopping(server):
+                alice.expect_eventually("-> the server is shutting down")
+            assert time.monotonic() - began < STOP
+            answer.set()
+    finally:
+        answer.set()
+
+
+def end_connections(cluster: Postgres, name: str) -> None:
+    """End all connections to a database, as an administrator may."""
+    cluster.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        f" WHERE datname = '{name}' AND pid <> pg_backend_pid()"
+    )
+
+
+def test_hosts_that_a_service_names_are_tried_in_turn(
+    cluster: Postgres, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts from a service's file are as good as those in the address: one may be dead."""
+    with socket.create_server(("127.0.0.1", 0)) as dead:  # takes connections, and says nothing
+        services = tmp_path / "services"
+        ports = f"{dead.getsockname()[1]},{cluster.port}"
+        services.write_text(f"[chat]\nhost=127.0.0.1,127.0.0.1\nport={ports}\nuser=chat\n")
+        monkeypatch.setenv("PGSERVICEFILE", str(services))
+        address = f"postgresql:///{database.rpartition('/')[2]}?service=chat"
+        with servers(address, 1, CONNECT=0.5) as (one,):
+            Peer(one.port).join("alice")
+
+
+def test_a_standby_that_is_away_for_long_costs_few_connections(
+    primary: tuple[Postgres, Postgres],
+) -> None:
+    """What servers have given up waits in the database no longer than they do."""
+    first, second = primary
+    with servers(both(first, second), 3, UNANSWERED=0.5, AGAIN=0.05) as three:
+        peers = [Peer(one.port).join(f"peer{number}") for number, one in enumerate(three)]
+        second.stop()
+        peers[0].send("not yet")
+        many = "SELECT count(*) > 20 FROM pg_stat_activity WHERE application_name = 'chat'"
+        until = time.monotonic() + 6
+        while time.monotonic() < until:
+            assert first.sql(many) == "f"
+            assert not wait_for_line(peers[2], 0.25) or peers[2].next_line()
+        second.start()
+        peers[2].expect_eventually("peer0: not yet")
+
+
+def test_a_warning_of_something_else_keeps_nobody_waiting(cluster: Postgres, database: str) -> None:
+    """A database that has a warning for each round is no database that is away."""
+    name = database.rpartition("/")[2]
+    with servers(database, 1) as (one,):
+        alice = Peer(one.port).join("alice")
+        cluster.sql(
+            "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$BEGIN RAISE WARNING 'must be vacuumed'; RETURN NEW; END$$;"
+            " CREATE TRIGGER warn BEFORE UPDATE ON chat.room FOR EACH ROW EXECUTE FUNCTION warn()",
+            name,
+        )
+        alice.send("said")
+        alice.expect("alice: said")
+
+
+def test_a_point_has_all_lines_or_is_not_written(
+    cluster: Postgres, database: str, keeper: Keeper
+) -> None:
+    """A server that begins anew, and has not all lines in memory, leaves no hole in the table."""
+    name = database.rpartition("/")[2]
+    cluster.sql("SELECT chat.append(1, 77, 1, '[]', 9999)", name)
+    room = follow_first_round(cluster, name)
+    room.end = int(cluster.sql("SELECT position FROM chat.points", name)) + 10
+    with pytest.raises(Away):
+        keeper._keep(room)
+    keeper._database.close()
+    assert cluster.sql("SELECT number FROM chat.points", name) == "0"
+
+
+def test_private_text_goes_though_the_clock_was_set_back(cluster: Postgres, database: str) -> None:
+    """Points are written and rounds go also while the last ones are of a later time."""
+    name = database.rpartition("/")[2]
+    quick = {"KEEP_LOOK": 0.05, "POINT_SECONDS": 0.2, "TRIM_SECONDS": 0, "CONFIRM": 0.1}
+    secret = "SELECT count(*) FROM chat.rounds WHERE entries LIKE '%xyzzy%'"
+    with one_more(database, KEEP_LOOK=1000.0) as one:
+        alice = Peer(one.port).join("alice")
+        alice.send("/msg alice xyzzy")
+        alice.expect("-> to alice: xyzzy", "[from alice] xyzzy")
+    cluster.sql(
+        "UPDATE chat.rounds SET time = time + 3600; UPDATE chat.points SET time = time + 3600", name
+    )
+    assert cluster.sql(secret, name) == "1"
+    with servers(database, 1, **quick):
+        wait_until(lambda: cluster.sql(secret, name) == "0", "private text to be gone")
+
+
+def test_a_former_primary_is_not_asked_for_what_was_said(
+    primary: tuple[Postgres, Postgres],
+) -> None:
+    """Who was away gets all lines from the table of the database that is followed, none missed."""
+    first, second = primary
+    quick = {"KEEP_LOOK": 0.1, "POINT_LINES": 50, "UNANSWERED": 1.0, "RETAINED": 20}
+    with servers(both(first, second), 1, **quick) as (one,):
+        alice = Peer(one.port).introduce("alice -0")
+        alice.expect_match("-> Welcome, alice!.*")
+        position = int(alice.expect_match(r"-> at (\d+)")[1])
+        lines = [f"alice: line {number}" for number in range(300)]
+        for start in 0, 150:
+            for line in lines[start : start + 150]:
+                alice.send(line)
+                alice.expect_eventually(line)
+            if not start:
+                first.kill()
+                second.promote()
+        kept = f"SELECT count(*) > 250 FROM chat.lines WHERE position >= {position}"
+        wait_until(lambda: second.sql(kept) == "t", "the lines to be in the table")
+        first.start()
+        bob = Peer(one.port).introduce(f"bob {position + 1}")
+        bob.expect_match("-> Welcome, bob!.*")
+        bob.expect(f"-> at {position + 1}", *lines)
+        bob.send("/search line 1", "/history 100")
+        found = bob.lines(1 + 20 + 100)
+        assert found[-2].endswith(lines[-1])
+
+
+def test_nobody_waits_on_when_a_server_has_ended(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for what comes from the log when no round will come to it any more is told."""
+    with run_chat(history=database) as server:
+        log = server.broadcaster.entries
+        assert isinstance(log, SharedLog)
+        stop, outcomes = log.stop, [Outcome(), Outcome()]
+        entry = Asked(1, "names")
+
+        def stop_later() -> None:
+            log.deliver(Handed(entry, outcomes[0]))
+            stop()
+            log.deliver(Handed(entry, outcomes[1]))
+
+        monkeypatch.setattr(log, "stop", stop_later)
+    for outcome in outcomes:
+        assert outcome._settled.is_set()
+
+
+@pytest.mark.parametrize("state", ["garbage", "{}", "[]"])
+def test_a_point_that_cannot_be_read_is_told_in_one_line(
+    cluster: Postgres, database: str, state: str
+) -> None:
+    """A server that cannot begin with it ends, and does not try for ever."""
+    with one_more(database):
+        pass
+    cluster.sql(f"UPDATE chat.points SET state = '{state}'", database.rpartition("/")[2])
+    server = Server("--history", database)
+    try:
+        assert server.wait(DEADLINE) == 1
+        assert "of the history cannot be read" in server.log()
+        assert "Traceback" not in server.log()
+    finally:
+        server.end()
+
+
+def test_people_are_told_of_the_end_though_the_database_is_away(
+    cluster: Postgres, database: str
+) -> None:
+    """A server that ends while something waits says so, as any does."""
+    server = Server("--history", database)
+    try:
+        server.port = int(server.expect_log(r"listening on \S+:(\d+)\n")[1])
+        alice = Peer(server.port).join("alice")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            alice.send("never said")
+            alice.expect("-> the room is waiting; what you say is kept")
+            assert server.stop() == 0
+        finally:
+            cluster.signal(signal.SIGCONT)
+        assert alice.rest() == ["-> the server is shutting down"]
+    finally:
+        server.end()
+
+
+def test_what_a_point_waits_for_is_given_up_at_the_end(keeper: Keeper) -> None:
+    """A database that does not come to an end with a point keeps no thread of a server's."""
+    keeper._database.connect(DEADLINE)
+    keeper._ending.set()
+    began = time.monotonic()
+    with pytest.raises(Away):
+        keeper._ask("SELECT pg_sleep(30)")
+    assert time.monotonic() - began < STOP

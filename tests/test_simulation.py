@@ -1005,3 +1005,14 @@ def test_a_round_that_cannot_be_read_takes_none_along() -> None:
         with pytest.raises(HistoryError):
             follower.answered([Row(12, 2.0, 5, 2, "[]"), Row(13, 2.0, 6, 1, unreadable)])
     assert [one.outcome for one in follower.abandoned()] == [outcome]
+
+
+def test_a_gap_takes_no_round_along() -> None:
+    """Whoever waits for what stood before a row that is missing is told of the end too."""
+    follower = Follower(5)
+    follower.start(10, [Row(11, 1.0, 5, 1, "[]")])
+    outcome = Outcome()
+    follower.begin([Handed(Said(1, [b"a: x"]), outcome, is_ours=True)])
+    with pytest.raises(Over):
+        follower.answered([Row(12, 2.0, 5, 2, "[]"), Row(14, 2.0, 6, 1, "[]")])
+    assert [one.outcome for one in follower.abandoned()] == [outcome]
