@@ -2230,6 +2230,7 @@ class ToolkitTerminal(Terminal):
         # typed in that time would be echoed into what is printed.
         self._cooked_mode = self._session.app.input.cooked_mode
         self._session.app.input.cooked_mode = contextlib.nullcontext  # type: ignore[method-assign]
+        _toolkit_paste(self._session.app.input)
         self._session.app.before_render += self._repaint
         self._strays = False  # the line on the screen may stand in other columns than believed
         # Guards what follows, and the terminal while no prompt stands; notified when all is shown.
@@ -2412,6 +2413,23 @@ def _toolkit_keys(screen: ToolkitTerminal) -> KeyBindings:
         screen.interrupt(event.app)
 
     return bindings
+
+
+def _toolkit_paste(keys: Any) -> None:
+    """Have a paste whose end does not come end before Ctrl-C or Ctrl-D, which no paste needs."""
+    parser = getattr(keys, "vt100_parser", None)
+    if parser is None:  # as on Windows
+        return
+    feed = parser.feed
+
+    def feed_keys(data: str) -> None:
+        feed(data)
+        pasted = parser._paste_buffer if parser._in_bracketed_paste else ""
+        if found := re.search("[\x03\x04]", pasted):
+            parser.reset()
+            feed(f"\x1b[200~{pasted[: found.start()]}\x1b[201~{pasted[found.start() :]}")
+
+    parser.feed = feed_keys
 
 
 def _toolkit_stop(screen: ToolkitTerminal) -> KeyBindings:
