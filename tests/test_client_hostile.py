@@ -116,6 +116,7 @@ def test_welcome_and_then_silence(monkeypatch: pytest.MonkeyPatch) -> None:
             greet(sock)
             echo(sock)
             return
+        sock.settimeout(None)  # the client is to hang up
         sock.sendall(b"NICK\n")
         read_line(sock)
         sock.sendall(b"-> Welcome, alice!\n")
