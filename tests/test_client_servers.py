@@ -197,6 +197,24 @@ def test_give_up() -> None:
     assert b"one" in errors
 
 
+def test_give_up_tells_what_was_not_said() -> None:
+    """What was typed while the server was gone, and never said, is told line by line."""
+    came: list[str] = []
+
+    def once(sock: socket.socket) -> None:
+        if not came:
+            came.append(enter(sock))
+            sock.sendall(b"-> 1 here: alice\n")
+
+    with pretended(once) as port, start(port, "--name", "alice", "--give-up", "5") as process:
+        assert process.stderr
+        assert b"connection lost" in process.stderr.readline()
+        _, errors = process.communicate(b"one\ntwo\n", DEADLINE)
+    assert process.returncode == 1
+    assert b"not sent: one\n" in errors
+    assert b"not sent: two\n" in errors
+
+
 # --- What a client tells of itself ----------------------------------------------
 
 
