@@ -2249,6 +2249,9 @@ class ToolkitTerminal(Terminal):
         # typed in that time would be echoed into what is printed.
         self._cooked_mode = self._session.app.input.cooked_mode
         self._session.app.input.cooked_mode = contextlib.nullcontext  # type: ignore[method-assign]
+        _toolkit_paste(self._session.app.input)
+        self._session.app.before_render += self._repaint
+        self._strays = False  # the line on the screen may stand in other columns than believed
         # Guards what follows, and the terminal while no prompt stands; notified when all is shown.
         self._printed = threading.Condition()
         self._waiting: deque[str] = deque()
@@ -2305,6 +2308,16 @@ class ToolkitTerminal(Terminal):
             self._scheduled = True
             with contextlib.suppress(RuntimeError):  # it has just ended; `_run` prints
                 loop.call_soon_threadsafe(self._print_above)
+
+    def _repaint(self, app: Application[str]) -> None:
+        """Have a line painted whole if terminals disagree on its columns: parts would stray."""
+        strayed = self._strays
+        self._strays = any(few != many for _, few, many in columns_of(app.current_buffer.text))
+        if self._strays or strayed:
+            # Steps are counted from where the cursor is believed to be.
+            app.output.write_raw("\r")
+            app.output.cursor_forward(app.renderer._cursor_pos.x)
+            app.renderer._last_screen = None
 
     def _print_above(self) -> None:
         from prompt_toolkit.application import run_in_terminal
@@ -2419,6 +2432,23 @@ def _toolkit_keys(screen: ToolkitTerminal) -> KeyBindings:
         screen.interrupt(event.app)
 
     return bindings
+
+
+def _toolkit_paste(keys: Any) -> None:
+    """Have a paste whose end does not come end before Ctrl-C or Ctrl-D, which no paste needs."""
+    parser = getattr(keys, "vt100_parser", None)
+    if parser is None:  # as on Windows
+        return
+    feed = parser.feed
+
+    def feed_keys(data: str) -> None:
+        feed(data)
+        pasted = parser._paste_buffer if parser._in_bracketed_paste else ""
+        if found := re.search("[\x03\x04]", pasted):
+            parser.reset()
+            feed(f"\x1b[200~{pasted[: found.start()]}\x1b[201~{pasted[found.start() :]}")
+
+    parser.feed = feed_keys
 
 
 def _toolkit_stop(screen: ToolkitTerminal) -> KeyBindings:

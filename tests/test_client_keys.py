@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 from chat import DEADLINE, Peer, no_leaks, run_chat, wait_until
-from clients import ROOT, environment, greet, pretended, read_line, read_to_end
+from clients import ROOT, environment, pretended, read_line, read_to_end
+from proxy import Proxy
 from screens import CTRL_C, CTRL_D, CTRL_Z, KINDS, UP, assert_sane, command, enter, opener, prompts
 from terminal import Terminal
 
@@ -182,20 +183,28 @@ def test_words_that_leave_other_programs(terminal: Terminal, bob: Peer, word: st
     bob.expect(f"alice: {word}")
 
 
+def test_words_that_leave_other_programs_in_a_paste(terminal: Terminal, bob: Peer) -> None:
+    """Among pasted lines they are text."""
+    terminal.paste("exit\nquit\n:q")
+    terminal.wait_for("alice> exit")
+    terminal.type("\r")
+    bob.expect("alice: exit", "alice: quit", "alice: :q")
+
+
 def test_ctrl_c_leaves_at_once_while_it_is_away(kind: str) -> None:
     """Without a settled connection Ctrl-C needs no second."""
-
-    def talk(sock: socket.socket) -> None:
-        greet(sock)
-
-    with pretended(talk) as port, opener(kind)(port) as terminal:
+    with (
+        run_chat() as server,
+        Proxy(server.port) as proxy,
+        opener(kind)(proxy.port) as terminal,
+    ):
+        enter(terminal, Peer(server.port).join("bob"))
+        proxy.go_away()
         terminal.wait_for("connection lost")
         terminal.wait_for(prompts(""))
         terminal.type(CTRL_C)
-        terminal.wait_for(lambda screen: terminal.status is not None or screen.shows("-- Ctrl-C"))
-        if terminal.status is None:  # it was just back for a moment
-            terminal.type(CTRL_C)
         assert terminal.wait() == 0
+        assert not terminal.screen.shows("-- Ctrl-C")
 
 
 def test_paste_whose_end_does_not_come(terminal: Terminal, bob: Peer) -> None:
@@ -203,22 +212,28 @@ def test_paste_whose_end_does_not_come(terminal: Terminal, bob: Peer) -> None:
     terminal.type("\x1b[200~half a paste")
     terminal.settle()
     bob.send("are you there?")
-    if terminal_kind(terminal) == "readline":
-        terminal.wait_for("bob: are you there?")
-        terminal.type(CTRL_C)
-        terminal.wait_for(prompts(""))
-        terminal.type("hello\r")
-        bob.expect("bob: are you there?", "alice: hello")
-        terminal.type("\x1b[200~more")
+    terminal.wait_for("bob: are you there?")
+    terminal.type(CTRL_C)
+    terminal.wait_for(prompts(""))
+    terminal.type("hello\r")
+    bob.expect("bob: are you there?", "alice: hello")
+    terminal.type("\x1b[200~more")
+    terminal.settle()
     terminal.signal(signal.SIGTERM)
     assert terminal.wait() == 0
     bob.expect_eventually("* alice left the chat")
     assert_sane(terminal)
 
 
-def terminal_kind(terminal: Terminal) -> str:
-    """Return the kind of client on a terminal: only one of them has a status line."""
-    return "prompt_toolkit" if "alice on" in terminal.screen.lines[-1] else "readline"
+def test_ctrl_d_in_a_paste_whose_end_does_not_come(kind: str) -> None:
+    """In the midst of a paste Ctrl-D leaves, when nothing was pasted yet."""
+    with run_chat() as server, opener(kind)(server.port) as terminal:
+        enter(terminal, Peer(server.port).join("bob"))
+        terminal.type("\x1b[200~")
+        terminal.settle()
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+        assert_sane(terminal)
 
 
 def test_tab_offers_who_wrote(kind: str) -> None:

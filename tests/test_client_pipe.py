@@ -108,6 +108,7 @@ def test_waits_for_its_receipts() -> None:
         ("one\n\n  \ntwo\n", ["build: one", "build: two"]),
         ("/bin/sh: x\n//x\n/\n/ x\n", ["build: /bin/sh: x", "build: /x", "build: /", "build: / x"]),
         ("/me builds\n", ["** build builds"]),
+        ("exit\nquit\n:q\n", ["build: exit", "build: quit", "build: :q"]),
         ("build: x\nbob: y\n", ["build: build: x", "build: bob: y"]),
         (" indented\ta tab \n", ["build:  indented a tab "]),
         ("x" * 997 + "\n", ["build: " + "x" * 997]),

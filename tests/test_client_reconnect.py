@@ -217,6 +217,31 @@ def test_missed_lines_are_counted_and_shown_once() -> None:
         assert shown.texts[notice + 1 :] == [*said, f"-- {client.WHILE_AWAY.text} --", "bob: live"]
 
 
+def test_absence_begins_with_the_last_that_was_heard() -> None:
+    """It is told how long nothing was heard, also when the loss was noticed late."""
+    with talking() as (_, proxy, bob, chat, shown):
+        lose_what_comes(proxy)
+        bob.send("unheard")
+        bob.expect("bob: unheard")
+        assert chat._session
+        chat._session.heard -= 151
+        proxy.end(GHOST)
+        shown.wait_for("bob: unheard")
+        assert re.fullmatch(r"back after 1[5-9]\d s, 1 line missed", shown.notices[-1])
+
+
+def test_own_leaving_and_joining_is_no_missed_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was given up by the room in the meantime and misses nothing is told of nothing."""
+    monkeypatch.setattr(server, "HELD", 0.0)
+    with talking() as (_, proxy, bob, _chat, shown):
+        proxy.go_away()
+        bob.expect("* alice left the chat")
+        proxy.come_back()
+        bob.expect("* alice joined the chat")
+        shown.wait_for("back after")
+        assert any(re.fullmatch(r"back after \d+ s", notice) for notice in shown.notices)
+
+
 def test_one_missed_line_is_one_line() -> None:
     """A single line that was missed is no `1 lines`, and counts with the room's own words."""
     with talking() as (_, proxy, bob, _chat, shown):

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 from chat import DEADLINE, Peer, close_peers, no_leaks, run_chat, wait_until
@@ -239,6 +240,24 @@ def test_give_up() -> None:
     assert b"one" in errors
 
 
+def test_give_up_tells_what_was_not_said() -> None:
+    """What was typed while the server was gone, and never said, is told line by line."""
+    came: list[str] = []
+
+    def once(sock: socket.socket) -> None:
+        if not came:
+            came.append(enter(sock))
+            sock.sendall(b"-> 1 here: alice\n")
+
+    with pretended(once) as port, start(port, "--name", "alice", "--give-up", "5") as process:
+        assert process.stderr
+        assert b"connection lost" in process.stderr.readline()
+        _, errors = process.communicate(b"one\ntwo\n", DEADLINE)
+    assert process.returncode == 1
+    assert b"not sent: one\n" in errors
+    assert b"not sent: two\n" in errors
+
+
 # --- What a client tells of itself ----------------------------------------------
 
 
@@ -422,16 +441,43 @@ def test_goodbye_at_its_own_end() -> None:
 # --- Leaving while nobody answers ------------------------------------------------
 
 
-def test_leaving_while_dialling() -> None:
+@pytest.fixture
+def nowhere() -> Iterator[int]:
+    """A port from which nobody who dials it gets an answer."""
+    with ExitStack() as opened:
+        full = opened.enter_context(socket.create_server((HOST, 0), backlog=0))
+        port = full.getsockname()[1]
+        for _ in range(4):  # the kernel answers no more than fit in its queue
+            filler = opened.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex((HOST, port))
+        yield port
+
+
+CONNECTIONS = Path("/proc/net/tcp")
+SYN_SENT = "02"  # as it stands there
+
+
+@pytest.mark.skipif(not CONNECTIONS.exists(), reason="no /proc to see who is dialling in")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_dialling(nowhere: int, number: int) -> None:
+    """Whoever ends it at its first dialling does not wait for the connection either."""
+
+    def dialling() -> int:
+        rows = [line.split() for line in CONNECTIONS.read_text().splitlines()]
+        return sum(row[2].endswith(f":{nowhere:04X}") and row[3] == SYN_SENT for row in rows)
+
+    before = dialling()
+    with start(nowhere, "--name", "alice") as process:
+        wait_until(lambda: dialling() > before, "it to dial")
+        process.send_signal(number)
+        assert process.wait(client.CONNECT_TIMEOUT / 2) == 0
+        assert process.stderr
+        assert process.stderr.read() == b""
+
+
+def test_leaving_while_dialling(nowhere: int) -> None:
     """Who leaves while a connection is being made does not wait for it."""
-    full = socket.create_server((HOST, 0), backlog=0)
-    port = full.getsockname()[1]
-    fillers = []
-    for _ in range(4):  # the kernel answers no more than fit in its queue
-        filler = socket.socket()
-        filler.setblocking(False)
-        filler.connect_ex((HOST, port))
-        fillers.append(filler)
     dialling = threading.Event()
 
     def hang_up(sock: socket.socket) -> None:
@@ -441,7 +487,7 @@ def test_leaving_while_dialling() -> None:
         shown = Shown()
         chat = ChatClient("alice", f"{HOST}:{first}", show=shown)
         chat.connect()
-        chat.entrance.servers = [(HOST, port)]
+        chat.entrance.servers = [(HOST, nowhere)]
         chat.entrance.turn = 0
         reach = client._reach
 
@@ -459,8 +505,6 @@ def test_leaving_while_dialling() -> None:
             assert time.monotonic() - begun < client.CONNECT_TIMEOUT / 2
         finally:
             client._reach = reach
-    for sock in (full, *fillers):
-        sock.close()
 
 
 # --- Bots -------------------------------------------------------------------------

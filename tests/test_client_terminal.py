@@ -299,7 +299,7 @@ def test_half_a_line_stays_whole(terminal: Terminal, bob: Peer) -> None:
 
 
 def test_half_a_line_over_several_rows(opened: Open, server: ChatServer, bob: Peer) -> None:
-    """A half-typed line that wraps stays whole, also with the cursor in it and when resized."""
+    """A half-typed line that wraps stays whole, also with the cursor in it."""
     half = "".join(f"{number:02} word " for number in range(14))
     with opened(server.port, columns=40) as terminal:
         enter(terminal, bob)
@@ -337,6 +337,47 @@ def test_half_a_line_when_the_window_is_resized(
             terminal.wait_for(prompts("a line that is half typed", columns))
         terminal.type("!\r")
         bob.expect_eventually("alice: a line that is half typed!")
+
+
+def test_half_a_line_of_two_rows_when_the_window_is_resized(
+    opened: Open, server: ChatServer, bob: Peer
+) -> None:
+    """After each resize a half-typed line of several rows stands there once, and no old prompt."""
+    half = "word one and word two and word three and the end"
+    with opened(server.port, rows=24, columns=40) as terminal:
+        enter(terminal, bob)
+        terminal.type(half)
+        terminal.wait_for(prompts(half, 40))
+        for columns in (30, 25, 60, 100, 35):
+            terminal.resize(24, columns)
+            terminal.settle()
+            bob.send(f"seen at {columns}")
+            terminal.wait_for(f"bob: seen at {columns}")
+            terminal.wait_for(prompts(half, columns))
+        assert terminal.screen.text().count("alice>") == 1
+        terminal.type("!\r")
+        bob.expect_eventually(f"alice: {half}!")
+
+
+@pytest.mark.parametrize("text", ["नमस्ते दुनिया", "வணக்கம் உலகம்", "สวัสดีชาวโลก", "👩‍👩‍👧 1️⃣"])
+def test_half_a_line_in_any_script(opened: Open, text: str) -> None:
+    """What others say puts no second prompt before a half-typed line, whatever its width is."""
+    with (
+        run_chat(fmt="utf-8") as server,
+        opened(server.port, "--name", "alice", "--format", "utf-8") as terminal,
+    ):
+        bob = Peer(server.port).join("bob")
+        terminal.wait_for("* bob joined the chat")
+        for character in text:
+            terminal.type(character)
+        for number in range(5):
+            terminal.settle()
+            bob.send(f"news {number}")
+            terminal.wait_for(f"bob: news {number}")
+            terminal.settle()
+            assert [row for row in terminal.screen.lines if "lice>" in row] == [f"alice> {text}"]
+        terminal.type("!\r")
+        bob.expect_eventually(f"alice: {text}!")
 
 
 def test_keys_typed_while_lines_pour_in(terminal: Terminal, bob: Peer) -> None:

@@ -124,6 +124,12 @@ def test_a_suspended_reader_is_not_dead(net: Network, monkeypatch: pytest.Monkey
         assert not connection.is_dead()
 
 
+def test_a_closed_window_is_given_the_time_of_two_probes() -> None:
+    """A living reader whose probes come every 120 s, one of which is lost, is not dead."""
+    assert protocol.UNACKNOWLEDGED <= 120
+    assert protocol.UNACKNOWLEDGED_CLOSED > 2 * 120
+
+
 def test_a_silent_peer_that_is_owed_nothing_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has had all that there was is left to keepalive, however long it says nothing."""
     patience(monkeypatch, 0.01, 0.01)

@@ -644,8 +644,9 @@ def test_coming_back_by_key_is_no_new_allowance() -> None:
         witness = Peer(server.port, source="127.0.0.9").join("witness")
         key = "0123456789abcdef"
         for number in range(5):
-            alice = Peer(server.port).introduce(f"alice -0 {key}")
-            alice.expect_match("-> Welcome.*")
+            # From elsewhere each time, or what is left at the address would do.
+            alice = Peer(server.port, source=f"127.0.0.{20 + number}")
+            alice.introduce(f"alice -0 {key}").expect_match("-> Welcome.*")
             alice.expect_match("-> at .*")
             alice.send(*(f"turn {number} line {line}" for line in range(12)))
             if number == 0:
@@ -726,6 +727,30 @@ def test_wrong_passwords_slow_each_other_down(monkeypatch: pytest.MonkeyPatch) -
         other.send("right")
         other.expect_eventually("* other joined the chat")
         assert delays == [0.0]
+
+
+def test_guesses_that_come_at_once_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten guesses on as many connections each waits for those before it."""
+    delays: list[float] = []
+    all_wait = threading.Barrier(10)
+
+    def watch(gate: server_module.Gate, seconds: float) -> None:
+        if seconds != 1000.0:  # the answer to a wrong one is late, too
+            delays.append(seconds)
+            if len(delays) > 1:
+                all_wait.wait(DEADLINE)
+
+    monkeypatch.setattr(server_module, "WRONG_DELAY", 1000.0)
+    monkeypatch.setattr(server_module, "MAX_DELAY", 5000.0)
+    monkeypatch.setattr(server_module.Gate, "pause", watch)
+    with run_chat(password="right") as server:
+        Peer(server.port).introduce("first").send("wrong").expect("PASS", protocol.WRONG_PASSWORD)
+        for number in range(10):
+            Peer(server.port).introduce(f"peer{number}").send("wrong")
+        wait_until(lambda: len(delays) == 11, "all to have been told to wait")
+        assert [round(wait, -2) for wait in sorted(delays[1:])] == [
+            1000.0 * turn for turn in range(1, 11)
+        ]
 
 
 def test_so_many_guesses_wait_for_an_address(

@@ -753,4 +753,5 @@ def test_help_is_in_groups_with_examples() -> None:
     groups = ["where:", "who may come in:", "history and log:", "limits:", "examples:"]
     assert [line for line in done.stdout.splitlines() if line in groups] == groups
     assert "in the room (default: 1000)" in done.stdout
+    assert ":: is all, 0.0.0.0 all of IPv4" in " ".join(done.stdout.split())
     assert "      python server.py --host ::\n" in done.stdout
