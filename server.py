@@ -17,8 +17,9 @@ The way of a message, in the order in which the functions stand below:
     Client.broadcast            hands it in as an entry, by
     EntryLog.hand_in            which wakes the broadcaster's thread.
     Room.apply                  says what becomes of an entry, called in rounds by
-    Broadcaster._apply_waiting  which then has the history give the lines their positions,
-    Broadcaster._send_slice     and gives each client all that follows its cursor.
+    Broadcaster._apply_waiting  which then has the lines get their positions, by
+    Store.keep                  and History.append, and
+    Broadcaster._send_slice     gives each client all that follows its cursor.
 
 Commands stand behind, then the histories (in memory, in a file) and the command line.
 
@@ -26,7 +27,8 @@ Who touches what:
 
     thread              touches                                              under
     accept              the listener
-    any                 who is connected, from where (Connections)           its lock
+    any                 the socket (Connection)                              its lock
+                        who is connected, from where (Connections)           its lock
                         what is used up (Allowances), guessed (Secret)       its lock
                         who was refused, and why (Refusals)                  its lock
     a client's own      Client: what has come and is not said yet
@@ -37,14 +39,15 @@ Who touches what:
                         Output: a client's cursor and bytes under way
     the pager           what only the file has, for who is far behind
     who asks, searches  the file (Access: a connection for each kind)        its lock
-    log, keeper         on several machines: their parts of the shared log
+    scribe, keeper      on several machines: their parts of the shared log
 
 No thread holds two of these locks, but for one that waits for the disk: it holds its
 connection to the file, which nobody else waits for but its like.  (And whoever stops the
-server keeps the right to, for which only others that would stop it wait.)  A single number or
-reference that one thread sets may be read by others without a lock, and whatever is read so
-may be old: `Broadcaster.room` is the room as it was published last, which does not change any
-more; a Client's name, and why its output ended, are for the console.
+server, or searches, keeps the right to, for which only others that would do the same wait.)
+What is written by one thread, or under its lock, may be read by others without it where it does
+no harm to be a moment late, or between two of its writes: `Broadcaster.room` is the room as it
+was published last, which does not change any more; a Client's name, whether and why its output
+ended, how full a queue is.
 
 A client's life, as its own thread sees it:
 
@@ -331,8 +334,10 @@ class ChatServer:
             log.exception("%s: a fault; the connection ends", client)
             farewell = Farewell("a fault")
         finally:
-            client.part(farewell)
-            self.connections.remove(client)
+            try:
+                client.part(farewell)
+            finally:
+                self.connections.remove(client)
 
     def stop(self) -> None:
         """Deliver what was accepted, say goodbye and close; at most five seconds."""
@@ -511,27 +516,27 @@ class Connections:
 class Allowance:
     """A right to so many things a second after a burst of them at once; rate 0 is no limit.
 
-    The own thing of who uses it up; another that goes on with it has a `successor`.
+    Whoever uses it up is one thread; how much is left any may read, and go on with a
+    `successor` of its own.
     """
 
     def __init__(self, rate: float, burst: int = BURST) -> None:
         self.rate = rate
         self.burst = burst
-        self._left = float(burst)
-        self._since = time.monotonic()
+        self._state = (float(burst), time.monotonic())  # how many were left, and when
 
     def draw(self, wanted: int) -> int:
         """Return how many of what is wanted may pass now."""
         if not self.rate:
             return wanted
-        self._left, self._since = self.now(), time.monotonic()
-        drawn = min(wanted, int(self._left))
-        self._left -= drawn
+        left = self.now()
+        drawn = min(wanted, int(left))
+        self._state = (left - drawn, time.monotonic())
         return drawn
 
     def delay(self) -> float:
-        """Return the seconds until one may pass."""
-        return max(0.0, (1 - self._left) / self.rate) if self.rate else 0.0
+        """Return the seconds from the last draw until one more may pass."""
+        return max(0.0, (1 - self._state[0]) / self.rate) if self.rate else 0.0
 
     def is_full(self) -> bool:
         """Tell whether it is as good as a new one."""
@@ -540,13 +545,13 @@ class Allowance:
     def successor(self) -> Allowance:
         """Return one that goes on where this one is."""
         other = Allowance(self.rate, self.burst)
-        other._left = self.now()
+        other._state = (self.now(), time.monotonic())
         return other
 
     def now(self) -> float:
         """Return how many may pass now, and a part of the next."""
-        passed = time.monotonic() - self._since
-        return min(float(self.burst), self._left + passed * self.rate)
+        left, since = self._state
+        return min(float(self.burst), left + (time.monotonic() - since) * self.rate)
 
 
 class Allowances:
@@ -599,8 +604,8 @@ class Allowances:
 class Secret:
     """A password, and how often it was guessed wrong from where; any thread, under its lock.
 
-    Checks for one address come one at a time, and the more wrong ones there were the
-    longer after each other; whoever has the key of somebody that passed is not slowed.
+    Once an address has given a wrong one its checks come one at a time, and the more there
+    were the longer after each other; whoever has the key of somebody that passed is not slowed.
     `text` may be replaced at any time; None is none.
     """
 
@@ -818,9 +823,8 @@ class Client:
 
     def gives_op_password(self, given: str) -> bool:
         """Tell whether this is the operators' password, when it is the turn of this address."""
-        nobody = str(self.session)  # who has passed before
         try:
-            return self._check(self.server.op_password, protocol.password_bytes(given), nobody)
+            return self._check(self.server.op_password, protocol.password_bytes(given), "")
         except Farewell as farewell:
             self.server.refusals.add(str(farewell))
             raise Refusal(protocol.TOO_MANY_GUESSES) from None
@@ -927,7 +931,10 @@ class Client:
         self._hand_in(Handed(entry))
 
     def answer(self, *lines: str) -> None:
-        """Have the client get lines that are for it alone, behind all that it asked before."""
+        """Have the client get lines that are for it alone, behind all that it asked before.
+
+        At most `MAX_ANSWER`: what fills the gate alone would wait for itself.
+        """
         if lines:
             entry = Answered(self.session, [_encoded(line) for line in lines])
             size = sum(map(len, entry.lines))
@@ -1088,7 +1095,7 @@ class EntryLog:
         self._closed = False  # nothing is handed in any more
         self._ahead = -math.inf  # of the monotonic clock, the time: as far as it ever was
         self._sessions = itertools.count(1)
-        self._lock = threading.Lock()  # guards all of the above but the waker and the sessions
+        self._lock = threading.Lock()  # guards all changes of the above but the waker and the sessions
 
     def __len__(self) -> int:
         """Return how many entries wait for a round."""
@@ -1110,9 +1117,9 @@ class EntryLog:
             return time.monotonic() + self._ahead
 
     def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
-        """Append an entry and return its number; raise `Gone` when nothing counts any more.
+        """Append an entry; raise `Gone` when nothing counts any more.
 
-        With the gate of its author, wait first while too much waits here or there.
+        Return its number, or that of one behind it. With the gate of its author, wait first while too much waits here or there.
         """
         while not self._append(handed, gate):
             assert gate is not None
@@ -1197,9 +1204,8 @@ class Gate:
         self._released = False  # the broadcaster never touches the client again
         self._lines = 0  # on their way to the client, or reserved for such
         self._bytes = 0
-        self._changed = threading.Condition(
-            threading.Lock()
-        )  # guards all; notified when one changes
+        # Guards all changes; notified when rung, closed or released.
+        self._changed = threading.Condition(threading.Lock())
 
     def is_open(self) -> bool:
         """Tell whether there is space for more; raise `Gone` when closed for good."""
@@ -1208,7 +1214,7 @@ class Gate:
         return not self._is_full()
 
     def reserve(self, size: int) -> bool:
-        """Count a line of `size` bytes unless too much waits already; tell whether it does."""
+        """Count a line of `size` bytes unless too much waits already; tell whether it was."""
         with self._changed:
             if self._is_full():
                 return False
@@ -1276,7 +1282,9 @@ class Gate:
 
 # What happens.  `session` is the connection that hands it in, `time` (seconds since the
 # epoch) when it did.  What one does depends on the room and the entry alone.  A new kind of
-# entry is a class here, a verb of Room and a line in its `_VERBS`; a command hands it in.
+# entry is a class here, its name in `Entry`, a verb of Room and a line in its `_VERBS`; a
+# command hands it in.  One that changes the room also has the last place in `_SHARED_KINDS`,
+# its part in `Room.state` and `Room.restored`, and a higher number in `RULES`.
 
 
 class Claim(NamedTuple):
@@ -1620,10 +1628,11 @@ class Room:
     def apply(self, entry: Any) -> Any:
         """Do what an entry says, and return what its author waits for.
 
-        Raise `Refusal`, which was answered, or `Farewell` for what cannot be, and `Gone`
-        when the session does not count any more; the room is as it was then.
+        Raise `Refusal`, which was answered unless it is a claim's, or `Farewell` for what
+        cannot be, and `Gone` when the session does not count any more; the room is as it was
+        then, but for the time that has passed.
         """
-        if type(entry) not in self._CHANGES_NOTHING:
+        if type(entry) not in self._COPIES_NOTHING:
             self._unshare()
         try:
             return self._VERBS[type(entry)](self, entry)
@@ -2093,8 +2102,8 @@ class Room:
             raise Gone
         return self.stays[number]
 
-    # Of the room but its end, or they see to it themselves: most rounds copy nothing.
-    _CHANGES_NOTHING = (Said, Answered, Asked, Turn, Noted)
+    # They change no table of the room, or unshare it themselves: most rounds copy nothing.
+    _COPIES_NOTHING = (Said, Answered, Asked, Turn, Noted)
     _VERBS: ClassVar[dict[type, Callable[[Room, Any], Any]]] = {
         Said: _said, Whispered: _whispered, Answered: _answered, Asked: _asked,
         Claim: _claim, Renamed: _renamed, Left: _left, Lost: _lost, Passed: _passed,
@@ -2431,10 +2440,11 @@ class Broadcaster:
     def _end(self, output: Output, end: End) -> None:
         """Have an output get nothing from a position on."""
         del self.outputs[output.session]
-        output.until, output.reason = end.position, end.reason
+        output.until, output.reason = end.position, end.reason or output.reason
         if end.how is Ending.REPLACED:
             output.outbox.clear()
             output.until, output.data = min(output.position, end.position), b""
+            output.fetching = False
             output.end()
         elif end.how is Ending.PUT_OUT:
             output.gate.close()
@@ -2447,6 +2457,8 @@ class Broadcaster:
         """Give those who are behind what the pager has read for them."""
         while self._pager.pages:
             output, start, lines = self._pager.pages.popleft()
+            if not output.fetching:
+                continue  # it has failed or was replaced meanwhile
             output.fetching = False
             if start > output.position:  # what is before it is not to be had
                 self._skip_to(output, start)
@@ -2937,7 +2949,6 @@ class TookTooLong(Exception):
     def __init__(self, found: list[Recalled], since: float | None) -> None:
         super().__init__(protocol.searched_back_to(since))
         self.found = found
-        self.since = since
 
 
 class Recalled(NamedTuple):
@@ -3620,6 +3631,8 @@ _SHARED_KINDS: tuple[type[Any], ...] = (
     Entered, Ended, Got,
 )  # fmt: skip
 _TAGS = {kind: tag for tag, kind in enumerate(_SHARED_KINDS)}  # as they stand in the log
+# One that is in neither would be applied on one server alone.
+assert {*_SHARED_KINDS, Passed, Turn, Restored, Noted, Asked, Answered} == {*Room._VERBS}
 
 
 def is_shared(entry: Entry) -> bool:
@@ -3800,7 +3813,7 @@ class Away(Exception):
 
 
 class Database:
-    """A connection to whichever of a database's hosts answers; the own thing of one thread.
+    """A connection to whichever of a database's hosts answers; for one thread at a time.
 
     It waits for no answer longer than it is told to, which the driver's own calls cannot
     promise: what waits for a standby is ended by nothing but the end of the connection.
@@ -3883,7 +3896,7 @@ class Database:
         self,
         statement: str,
         *values: object,
-        seconds: float = 5.0,
+        seconds: float = UNANSWERED,
         tick: Callable[[], None] = lambda: None,
     ) -> list[tuple[str, ...]]:
         """Have one statement done and return its rows; raise `Away`.
@@ -4537,7 +4550,7 @@ class SharedLog(EntryLog):
             self._entered = 0
         self._confirmations.look_at(self._broadcaster.outputs.values())
 
-    # For the thread that follows, and the one that keeps.
+    # For the threads that follow and keep, and at the end.
 
     def gather(self, *, is_due: bool) -> list[Handed] | None:
         """Return what is to be the next round; None if there need not be one."""
@@ -4619,7 +4632,8 @@ class SharedLog(EntryLog):
 class Scribe:
     """The thread that appends what was handed in here, a round at a time, and reads what there is.
 
-    All of it is that thread's own, but for the name under which it does so.
+    All of it is that thread's own, but for `server`, which others read, and what `end_part`
+    and `stop` set.
     """
 
     def __init__(self, shared: SharedLog, waker: Waker, history: SharedHistory) -> None:
@@ -4634,7 +4648,7 @@ class Scribe:
         self._has_told = False  # people know that the room waits
         self._ended_part = 0  # the name of the part that is over, as the room has it; any thread's
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="scribe", daemon=True)
 
     # For other threads.
 
@@ -5192,39 +5206,39 @@ def _taking_a_file(group: argparse._ArgumentGroup) -> Callable[..., argparse.Act
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
-    option, count = group.add_argument, _number(int, 1)
+    option, count, defaults = group.add_argument, _number(int, 1), Limits()
     option(
         "--max-clients",
         type=count,
-        default=1000,
+        default=defaults.max_clients,
         metavar="N",
         help="in the room (default: %(default)s)",
     )
     option(
         "--max-per-address",
         type=count,
-        default=50,
+        default=defaults.max_per_address,
         metavar="N",
         help="but loopback (default: %(default)s)",
     )
     option(
         "--max-unnamed",
         type=count,
-        default=64,
+        default=defaults.max_unnamed,
         metavar="N",
         help="not in it yet (default: %(default)s)",
     )
     option(
         "--name-deadline",
         type=_number(float, 0.1),
-        default=30.0,
+        default=defaults.name_deadline,
         metavar="SECONDS",
         help="to give a name (default: %(default)g)",
     )
     option(
         "--rate-limit",
         type=_number(float, 0),
-        default=5.0,
+        default=defaults.rate_limit,
         metavar="LINES",
         help=f"a second for each client, after {BURST} at once; 0: no limit (default: %(default)g)",
     )
@@ -5354,7 +5368,7 @@ class LogWriter(threading.Thread):
     """Writes the log to one place."""
 
     def __init__(self, place: logging.Handler) -> None:
-        super().__init__(name="log", daemon=True)
+        super().__init__(name="console", daemon=True)
         self.records: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_RECORDS)
         self._place = place
 
