@@ -249,7 +249,9 @@ def fuzz(seed: int) -> Talk:
     return talk
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 64))]
+)
 def test_fuzzed_server(seed: int) -> None:
     """After a server that talks nonsense for many connections, what was typed is still said."""
     connections = 0

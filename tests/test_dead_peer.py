@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from chat import DEADLINE, SMALL, wait_until
+from chat import DEADLINE, SMALL, Peer, run_chat, wait_until
 from network import Network, network
 
 import protocol
@@ -120,7 +120,8 @@ def test_a_suspended_reader_is_not_dead(net: Network, monkeypatch: pytest.Monkey
         # The probes come ever more rarely: soon later than a dead peer would be given.
         wait_until(lambda: silence(connection) > 1.0, "a rare probe")
         assert not connection.is_dead()
-        wait_until(lambda: silence(connection) < 0.5, "its answer")
+        rare = silence(connection)
+        wait_until(lambda: silence(connection) < rare, "its answer")
         assert not connection.is_dead()
 
 
@@ -128,6 +129,21 @@ def test_a_closed_window_is_given_the_time_of_two_probes() -> None:
     """A living reader whose probes come every 120 s, one of which is lost, is not dead."""
     assert protocol.UNACKNOWLEDGED <= 120
     assert protocol.UNACKNOWLEDGED_CLOSED > 2 * 120
+
+
+def test_the_log_says_that_a_peer_was_dead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose connection the server gave up did not end the input, and the log does not say so."""
+    monkeypatch.setattr("server.LOOK", 0.05)
+    caplog.set_level("INFO")
+    with run_chat() as server:
+        Peer(server.port).join("bob")
+        found = iter([True])
+        monkeypatch.setattr(Connection, "is_dead", lambda connection: next(found, False))
+        wait_until(lambda: not server.clients, "him to be gone")
+    [left] = [line for line in caplog.messages if line.startswith("bob") and "left" in line]
+    assert left.endswith("left: no acknowledgement came")
 
 
 def test_a_silent_peer_that_is_owed_nothing_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
