@@ -318,6 +318,30 @@ class ChatServer:
                     delay = min(1.0, delay * 2 or 0.010)
                     self.stopping.wait(delay)
 
+    def _accept(self) -> None:
+        """Accept one connection and start its thread."""
+        sock, address = self._listener.accept()
+        if address is None:  # macOS knows none of one that was reset
+            return sock.close()
+        host, port = protocol.escape(address[0].removeprefix("::ffff:")), address[1]
+        try:
+            connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
+            client = Client(
+                self, self.broadcaster.entries.new_session(), connection, f"{host}:{port}"
+            )
+        except OSError as error:  # reset by now: its own affair
+            log.info("unnamed (%s:%d) left: %s", host, port, error)
+            return sock.close()
+        self.connections.add(client)
+        try:
+            threading.Thread(target=self.handle, args=[client], daemon=True).start()
+        except BaseException:
+            self.refusals.add("the server is busy")
+            with contextlib.suppress(OSError):
+                client.connection.send(_encoded(protocol.BUSY))
+            self.connections.remove(client)
+            raise
+
     def handle(self, client: Client) -> None:
         """Serve one client from its first byte to its last; each thread's main function."""
         farewell = Farewell("the input ended")
@@ -363,30 +387,6 @@ class ChatServer:
         """Stop, in a thread of its own: for one of those that have to end."""
         threading.Thread(target=self.stop, name="stop", daemon=True).start()
 
-    def _accept(self) -> None:
-        """Accept one connection and start its thread."""
-        sock, address = self._listener.accept()
-        if address is None:  # macOS knows none of one that was reset
-            return sock.close()
-        host, port = protocol.escape(address[0].removeprefix("::ffff:")), address[1]
-        try:
-            connection = TlsConnection(sock, self.tls) if self.tls else Connection(sock)
-            client = Client(
-                self, self.broadcaster.entries.new_session(), connection, f"{host}:{port}"
-            )
-        except OSError as error:  # reset by now: its own affair
-            log.info("unnamed (%s:%d) left: %s", host, port, error)
-            return sock.close()
-        self.connections.add(client)
-        try:
-            threading.Thread(target=self.handle, args=[client], daemon=True).start()
-        except BaseException:
-            self.refusals.add("the server is busy")
-            with contextlib.suppress(OSError):
-                client.connection.send(_encoded(protocol.BUSY))
-            self.connections.remove(client)
-            raise
-
 
 def _listen_on(host: str, port: int) -> socket.socket:
     """Return a listening socket; one on all addresses of IPv6 takes in IPv4 too."""
@@ -396,6 +396,321 @@ def _listen_on(host: str, port: int) -> socket.socket:
     listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     listener.setblocking(False)
     return listener
+
+
+# --- A client's thread -------------------------------------------------------
+
+
+class Client:
+    """One connection and its input; its own thread's, but for `end`, `turn_away` and `str`.
+
+    `session` is the connection's number, under which its entries are handed in.
+    """
+
+    def __init__(self, server: ChatServer, session: int, connection: Connection, peer: str) -> None:
+        self.server = server
+        self.session = session
+        self.connection = connection
+        self.peer = peer  # host:port
+        self.address = network(peer.rpartition(":")[0], connection.own_host())  # what counts as one
+        self.name = ""
+        self.output = Output(session, connection)  # the broadcaster's own, once we are in the room
+        self.gate = self.output.gate
+        self.wrong_passwords = 0  # given with /op
+        self._stay = 0  # the number of its stay
+        self._allowance = Allowance(0)
+        self._prefix = b""  # of what it says
+        self._framer = Framer()
+        self._telnet = protocol.Telnet()
+        self._unread: list[bytes] = []  # lines that came, not yet looked at
+        self._handed_in = 0  # the number of its last entry
+
+    def __str__(self) -> str:
+        return f"{self.name or 'unnamed'} ({self.peer})"
+
+    # From any thread.
+
+    def end(self, how: int = socket.SHUT_RDWR) -> None:
+        """Let its thread find the end of the input, whatever it waits for."""
+        self.output.end(how)
+
+    def turn_away(self, line: str) -> None:
+        """End somebody at the door with a line; who is in the room hears it there."""
+        if self.name or self.output.until is not None:
+            return
+        self.output.reason = line.removeprefix("-> ")
+        with contextlib.suppress(OSError):
+            self.connection.send(_encoded(line))
+        self.end()
+
+    # At the door.
+
+    def admit(self) -> None:
+        """Ask for a name, and for the password, until the client is in the room."""
+        deadline = time.monotonic() + self.server.limits.name_deadline
+        self._shake_hands(deadline)
+        is_trusted = self.server.password.text is None
+        for _ in range(TRIES):
+            self.connection.send(b"NICK\n")
+            line = self._next_line(deadline)
+            if not is_trusted:
+                self._ask_password(deadline, _hashed_key(line))
+                is_trusted = True
+            try:
+                text = protocol.decode(line, self.server.history.fmt)
+                return self._claim(protocol.introduction(text))
+            except Refusal as refusal:
+                self.server.refusals.add("a name refused")
+                self.connection.send(_encoded(protocol.answer(str(refusal))))
+        raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
+
+    def _shake_hands(self, deadline: float) -> None:
+        try:
+            self.connection.shake_hands(deadline)
+        except ssl.SSLError as error:
+            raise Farewell(f"no TLS: {error.reason or error}", protocol.WANTS_TLS) from None
+        except TimeoutError:
+            raise Farewell("no TLS in time", protocol.WANTS_TLS) from None
+
+    def _ask_password(self, deadline: float, key: str) -> None:
+        for left in reversed(range(TRIES)):
+            self.connection.send(b"PASS\n")
+            given = self._next_line(deadline)
+            with self.server.connections.aside(self, self.server.broadcaster.room):
+                asked = time.monotonic()
+                is_right = self._check(self.server.password, given, key)
+                deadline += time.monotonic() - asked  # our own waiting is not theirs
+            if is_right:
+                return
+            log.warning("%s gave a wrong password", self)
+            self.server.refusals.add("a wrong password")
+            self.gate.pause(WRONG_DELAY)
+            if left:
+                self.connection.send(_encoded(protocol.WRONG_PASSWORD))
+        raise Farewell("no right password", protocol.NO_MORE_PASSWORDS)
+
+    def _check(self, secret: Secret, given: bytes, key: str) -> bool:
+        return secret.check(given, self.address, key, self.gate.pause)
+
+    def gives_op_password(self, given: str) -> bool:
+        """Tell whether this is the operators' password, when it is the turn of this address."""
+        try:
+            return self._check(self.server.op_password, protocol.password_bytes(given), "")
+        except Farewell as farewell:
+            self.server.refusals.add(str(farewell))
+            raise Refusal(protocol.TOO_MANY_GUESSES) from None
+
+    def _next_line(self, deadline: float) -> bytes:
+        """Return the next line of one that has not joined yet."""
+        while not self._unread:
+            try:
+                data = self.connection.receive(deadline)
+            except TimeoutError:
+                raise Farewell("no name in time", protocol.TOO_LATE) from None
+            if not data:
+                raise Farewell("the input ended before a name")
+            self._unread = self._frame(data)
+            foreign = protocol.foreign_protocol((self._unread or [self._framer.partial])[0])
+            if foreign:
+                raise Farewell(f"speaks {foreign}", protocol.FOREIGN[foreign])
+            if self._framer.overrun and not self._unread:
+                raise Farewell("speaks no lines", protocol.UNFRAMED)
+        return self._unread.pop(0)
+
+    def _frame(self, data: bytes) -> list[bytes]:
+        """Return the lines that the next bytes complete, and answer what telnet asks in them."""
+        lines = self._framer.feed(self._telnet.feed(data))
+        if self._telnet.answers:
+            # Nothing of ours is under way to somebody who is not in the room.
+            if not self.name:
+                self.connection.send(self._telnet.answers)
+            else:
+                self.broadcast(Answered(self.session, [self._telnet.answers]))
+            self._telnet.answers = b""
+        return lines
+
+    def _claim(self, asked: Introduction) -> None:
+        """Claim a name and a place in the room; raise `Refusal` or `Farewell`."""
+        server, key = self.server, _hashed(asked.key)
+        with server.connections.place(self, server.broadcaster, key):
+            if key not in server.broadcaster.room.keys:
+                while delay := server.allowances.join(self.address):
+                    self.gate.pause(delay)
+            now = self.server.broadcaster.entries.now()
+            claim = Claim(self.session, asked._replace(key=key), self.address, now)
+            stay, is_back = self._ask(claim, output=self.output)
+        self._allowance = server.allowances.begin(stay.number, self.address)
+        self._stay = stay.number
+        self._be_called(stay.name)
+        log.info("%s %s", self, "is back" if is_back else "joined")
+
+    def _be_called(self, name: str) -> None:
+        self.name, self._prefix = name, protocol.said(name, "").encode("ascii")
+
+    # In the room.
+
+    def read(self) -> None:
+        """Take what comes until the input ends, no faster than the client may speak."""
+        while True:
+            while self._unread:
+                count = self._allowance.draw(len(self._unread))
+                lines, self._unread = self._unread[:count], self._unread[count:]
+                self.hear(lines)
+                if self._unread:
+                    self.gate.pause(self._allowance.delay())
+            if self._framer.overrun:
+                raise Farewell("speaks no lines", protocol.UNFRAMED)
+            data = self.connection.receive()
+            if not data:
+                return
+            self._unread = self._frame(data)
+
+    def hear(self, lines: list[bytes]) -> None:
+        """Hand in what a client says, and do what it asks for."""
+        if protocol.are_plain(lines, self._prefix):
+            # As they came they are what the room will show: no copy, no look at each.
+            self.broadcast(Said(self.session, lines))
+            return
+        said: list[bytes] = []
+        for line in lines:
+            try:
+                text = protocol.readable(line, self._prefix, self.server.history.fmt)
+            except Refusal as refusal:
+                said = self._say(said)
+                self.answer(protocol.not_sent(refusal))
+                continue
+            if protocol.is_command(text):
+                said = self._say(said)
+                obey(self, text)
+            elif text.strip():
+                said.append(self._prefix + protocol.unslash(text))
+        self._say(said)
+
+    def _say(self, lines: list[bytes]) -> list[bytes]:
+        """Hand in lines, if any; return the beginning of the next ones."""
+        if lines:
+            self.broadcast(Said(self.session, lines))
+        return []
+
+    def broadcast(self, entry: Entry) -> None:
+        """Hand in what happened; all hear of it in the next round.
+
+        Wait first while the room or the client has more waiting than is good for
+        memory.  Raise `Gone` when its words no longer count.  It touches no socket,
+        so no client can delay another.
+        """
+        self._hand_in(Handed(entry))
+
+    def _ask(self, entry: Entry, output: Output | None = None) -> Any:
+        """Hand in an entry and return what became of it; raise what refused it."""
+        outcome = Outcome()
+        self._hand_in(Handed(entry, outcome, output))
+        return outcome.wait()
+
+    def _hand_in(self, handed: Handed) -> None:
+        # A claim waits for no space: there are as many as connections without a name.
+        gate = self.gate if self.name else None
+        self._handed_in = self.server.broadcaster.entries.hand_in(handed, gate)
+
+    def answer(self, *lines: str) -> None:
+        """Have the client get lines that are for it alone, behind all that it asked before.
+
+        At most `MAX_ANSWER`: what fills the gate alone would wait for itself.
+        """
+        if lines:
+            entry = Answered(self.session, [_encoded(line) for line in lines])
+            size = sum(map(len, entry.lines))
+            self.gate.add(len(lines), size)
+            self._hand_in(Handed(entry, reserved=self.gate, reserved_lines=len(lines), size=size))
+
+    def whisper(self, stay: Stay, text: str) -> None:
+        """Hand in a line for one person alone, unless they have too many waiting already."""
+        output = self.server.broadcaster.outputs.get(stay.session or 0)
+        size = len(text.encode()) + protocol.MAX_NAME + 16
+        if output is None:
+            self.broadcast(Whispered(self.session, stay.number, text))
+        elif not output.gate.reserve(size):
+            self.answer(protocol.not_sent(protocol.NOT_READING.format(name=stay.name)))
+        else:
+            entry = Whispered(self.session, stay.number, text)
+            try:
+                self._hand_in(Handed(entry, reserved=output.gate, size=size))
+            except Gone:
+                output.gate.remove(1, size)
+                raise
+
+    def rename(self, name: str) -> None:
+        """Take another name, and go on when it is decided: what follows is said under it."""
+        old = self.name
+        if new_name := self.request(Renamed(self.session, name)):
+            self._be_called(new_name)
+            log.info("%s was %s", self, old)
+
+    def promote(self) -> None:
+        """Become an operator, and go on when it is so: what follows may rely on it."""
+        self.request(Promoted(self.session))
+        log.info("%s is an operator", self)
+
+    def request(self, entry: Entry) -> Any:
+        """Hand in what is answered where it is applied, and return what became of it, or None.
+
+        It is waited for, so that nobody has more answers coming than a gate counts.
+        """
+        try:
+            return self._ask(entry)
+        except Unforeseen:
+            raise
+        except Refusal:
+            return None  # it was answered where it was refused
+
+    def is_operator(self) -> bool:
+        """Tell whether it is an operator, as published."""
+        stay = self.server.broadcaster.room.by_session(self.session)
+        return stay is not None and stay.is_operator
+
+    def settle(self) -> None:
+        """Wait until all that it handed in has its place in the history."""
+        if not self.server.broadcaster.entries.is_applied(self._handed_in):
+            self._ask(Answered(self.session, []))
+
+    # The one way out.
+
+    def part(self, farewell: Farewell) -> None:
+        """Leave the room if in it, send the last line, and let the other end close first."""
+        self._count(farewell)
+        if self.name:
+            self.server.allowances.end(self._stay, self.address, self._allowance)
+            self._leave(farewell)
+        elif farewell.line:
+            with contextlib.suppress(OSError):
+                self.connection.send(_encoded(farewell.line))
+        log.info("%s left: %s", self, self.output.reason or farewell)
+        self.connection.drain(time.monotonic() + LINGER)
+
+    def _count(self, farewell: Farewell) -> None:
+        """Count somebody who was refused or turned away."""
+        reason = "" if self.name else self.output.reason.partition(";")[0]
+        if farewell.is_refusal:
+            reason = str(farewell).partition(":")[0]  # without what TLS has to say of itself
+        if reason:
+            self.server.refusals.add(reason)
+
+    def _leave(self, farewell: Farewell) -> None:
+        """Hand in the end, and wait until the broadcaster has let go of the socket.
+
+        Closed under the broadcaster's hands, its number could be another client's at once.
+        """
+        broadcaster = self.server.broadcaster
+        with contextlib.suppress(Gone):
+            if farewell.line:
+                last = Answered(self.session, [_encoded(farewell.line)])
+                broadcaster.entries.hand_in(Handed(last))
+            entry = (Left if farewell.for_good else Lost)(self.session, broadcaster.entries.now())
+            broadcaster.entries.hand_in(Handed(entry))
+        self.gate.wait_released()
+
+
+# --- At the door: who may, and how much --------------------------------------
 
 
 class Connections:
@@ -727,318 +1042,6 @@ def _encoded(line: str) -> bytes:
     return f"{line}\n".encode()
 
 
-# --- A client's thread -------------------------------------------------------
-
-
-class Client:
-    """One connection and its input; its own thread's, but for `end`, `turn_away` and `str`.
-
-    `session` is the connection's number, under which its entries are handed in.
-    """
-
-    def __init__(self, server: ChatServer, session: int, connection: Connection, peer: str) -> None:
-        self.server = server
-        self.session = session
-        self.connection = connection
-        self.peer = peer  # host:port
-        self.address = network(peer.rpartition(":")[0], connection.own_host())  # what counts as one
-        self.name = ""
-        self.output = Output(session, connection)  # the broadcaster's own, once we are in the room
-        self.gate = self.output.gate
-        self.wrong_passwords = 0  # given with /op
-        self._stay = 0  # the number of its stay
-        self._allowance = Allowance(0)
-        self._prefix = b""  # of what it says
-        self._framer = Framer()
-        self._telnet = protocol.Telnet()
-        self._unread: list[bytes] = []  # lines that came, not yet looked at
-        self._handed_in = 0  # the number of its last entry
-
-    def __str__(self) -> str:
-        return f"{self.name or 'unnamed'} ({self.peer})"
-
-    # From any thread.
-
-    def end(self, how: int = socket.SHUT_RDWR) -> None:
-        """Let its thread find the end of the input, whatever it waits for."""
-        self.output.end(how)
-
-    def turn_away(self, line: str) -> None:
-        """End somebody at the door with a line; who is in the room hears it there."""
-        if self.name or self.output.until is not None:
-            return
-        self.output.reason = line.removeprefix("-> ")
-        with contextlib.suppress(OSError):
-            self.connection.send(_encoded(line))
-        self.end()
-
-    # At the door.
-
-    def admit(self) -> None:
-        """Ask for a name, and for the password, until the client is in the room."""
-        deadline = time.monotonic() + self.server.limits.name_deadline
-        self._shake_hands(deadline)
-        is_trusted = self.server.password.text is None
-        for _ in range(TRIES):
-            self.connection.send(b"NICK\n")
-            line = self._next_line(deadline)
-            if not is_trusted:
-                self._ask_password(deadline, _hashed_key(line))
-                is_trusted = True
-            try:
-                text = protocol.decode(line, self.server.history.fmt)
-                return self._claim(protocol.introduction(text))
-            except Refusal as refusal:
-                self.server.refusals.add("a name refused")
-                self.connection.send(_encoded(protocol.answer(str(refusal))))
-        raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
-
-    def _shake_hands(self, deadline: float) -> None:
-        try:
-            self.connection.shake_hands(deadline)
-        except ssl.SSLError as error:
-            raise Farewell(f"no TLS: {error.reason or error}", protocol.WANTS_TLS) from None
-        except TimeoutError:
-            raise Farewell("no TLS in time", protocol.WANTS_TLS) from None
-
-    def _ask_password(self, deadline: float, key: str) -> None:
-        for left in reversed(range(TRIES)):
-            self.connection.send(b"PASS\n")
-            given = self._next_line(deadline)
-            with self.server.connections.aside(self, self.server.broadcaster.room):
-                asked = time.monotonic()
-                is_right = self._check(self.server.password, given, key)
-                deadline += time.monotonic() - asked  # our own waiting is not theirs
-            if is_right:
-                return
-            log.warning("%s gave a wrong password", self)
-            self.server.refusals.add("a wrong password")
-            self.gate.pause(WRONG_DELAY)
-            if left:
-                self.connection.send(_encoded(protocol.WRONG_PASSWORD))
-        raise Farewell("no right password", protocol.NO_MORE_PASSWORDS)
-
-    def _check(self, secret: Secret, given: bytes, key: str) -> bool:
-        return secret.check(given, self.address, key, self.gate.pause)
-
-    def gives_op_password(self, given: str) -> bool:
-        """Tell whether this is the operators' password, when it is the turn of this address."""
-        try:
-            return self._check(self.server.op_password, protocol.password_bytes(given), "")
-        except Farewell as farewell:
-            self.server.refusals.add(str(farewell))
-            raise Refusal(protocol.TOO_MANY_GUESSES) from None
-
-    def _next_line(self, deadline: float) -> bytes:
-        """Return the next line of one that has not joined yet."""
-        while not self._unread:
-            try:
-                data = self.connection.receive(deadline)
-            except TimeoutError:
-                raise Farewell("no name in time", protocol.TOO_LATE) from None
-            if not data:
-                raise Farewell("the input ended before a name")
-            self._unread = self._frame(data)
-            foreign = protocol.foreign_protocol((self._unread or [self._framer.partial])[0])
-            if foreign:
-                raise Farewell(f"speaks {foreign}", protocol.FOREIGN[foreign])
-            if self._framer.overrun and not self._unread:
-                raise Farewell("speaks no lines", protocol.UNFRAMED)
-        return self._unread.pop(0)
-
-    def _frame(self, data: bytes) -> list[bytes]:
-        """Return the lines that the next bytes complete, and answer what telnet asks in them."""
-        lines = self._framer.feed(self._telnet.feed(data))
-        if self._telnet.answers:
-            # Nothing of ours is under way to somebody who is not in the room.
-            if not self.name:
-                self.connection.send(self._telnet.answers)
-            else:
-                self.broadcast(Answered(self.session, [self._telnet.answers]))
-            self._telnet.answers = b""
-        return lines
-
-    def _claim(self, asked: Introduction) -> None:
-        """Claim a name and a place in the room; raise `Refusal` or `Farewell`."""
-        server, key = self.server, _hashed(asked.key)
-        with server.connections.place(self, server.broadcaster, key):
-            if key not in server.broadcaster.room.keys:
-                while delay := server.allowances.join(self.address):
-                    self.gate.pause(delay)
-            now = self.server.broadcaster.entries.now()
-            claim = Claim(self.session, asked._replace(key=key), self.address, now)
-            stay, is_back = self._ask(claim, output=self.output)
-        self._allowance = server.allowances.begin(stay.number, self.address)
-        self._stay = stay.number
-        self._be_called(stay.name)
-        log.info("%s %s", self, "is back" if is_back else "joined")
-
-    def _be_called(self, name: str) -> None:
-        self.name, self._prefix = name, protocol.said(name, "").encode("ascii")
-
-    # In the room.
-
-    def read(self) -> None:
-        """Take what comes until the input ends, no faster than the client may speak."""
-        while True:
-            while self._unread:
-                count = self._allowance.draw(len(self._unread))
-                lines, self._unread = self._unread[:count], self._unread[count:]
-                self.hear(lines)
-                if self._unread:
-                    self.gate.pause(self._allowance.delay())
-            if self._framer.overrun:
-                raise Farewell("speaks no lines", protocol.UNFRAMED)
-            data = self.connection.receive()
-            if not data:
-                return
-            self._unread = self._frame(data)
-
-    def hear(self, lines: list[bytes]) -> None:
-        """Hand in what a client says, and do what it asks for."""
-        if protocol.are_plain(lines, self._prefix):
-            # As they came they are what the room will show: no copy, no look at each.
-            self.broadcast(Said(self.session, lines))
-            return
-        said: list[bytes] = []
-        for line in lines:
-            try:
-                text = protocol.readable(line, self._prefix, self.server.history.fmt)
-            except Refusal as refusal:
-                said = self._say(said)
-                self.answer(protocol.not_sent(refusal))
-                continue
-            if protocol.is_command(text):
-                said = self._say(said)
-                obey(self, text)
-            elif text.strip():
-                said.append(self._prefix + protocol.unslash(text))
-        self._say(said)
-
-    def _say(self, lines: list[bytes]) -> list[bytes]:
-        """Hand in lines, if any; return the beginning of the next ones."""
-        if lines:
-            self.broadcast(Said(self.session, lines))
-        return []
-
-    def broadcast(self, entry: Entry) -> None:
-        """Hand in what happened; all hear of it in the next round.
-
-        Wait first while the room or the client has more waiting than is good for
-        memory.  Raise `Gone` when its words no longer count.  It touches no socket,
-        so no client can delay another.
-        """
-        self._hand_in(Handed(entry))
-
-    def answer(self, *lines: str) -> None:
-        """Have the client get lines that are for it alone, behind all that it asked before.
-
-        At most `MAX_ANSWER`: what fills the gate alone would wait for itself.
-        """
-        if lines:
-            entry = Answered(self.session, [_encoded(line) for line in lines])
-            size = sum(map(len, entry.lines))
-            self.gate.add(len(lines), size)
-            self._hand_in(Handed(entry, reserved=self.gate, reserved_lines=len(lines), size=size))
-
-    def whisper(self, stay: Stay, text: str) -> None:
-        """Hand in a line for one person alone, unless they have too many waiting already."""
-        output = self.server.broadcaster.outputs.get(stay.session or 0)
-        size = len(text.encode()) + protocol.MAX_NAME + 16
-        if output is None:
-            self.broadcast(Whispered(self.session, stay.number, text))
-        elif not output.gate.reserve(size):
-            self.answer(protocol.not_sent(protocol.NOT_READING.format(name=stay.name)))
-        else:
-            entry = Whispered(self.session, stay.number, text)
-            try:
-                self._hand_in(Handed(entry, reserved=output.gate, size=size))
-            except Gone:
-                output.gate.remove(1, size)
-                raise
-
-    def rename(self, name: str) -> None:
-        """Take another name, and go on when it is decided: what follows is said under it."""
-        old = self.name
-        if new_name := self.request(Renamed(self.session, name)):
-            self._be_called(new_name)
-            log.info("%s was %s", self, old)
-
-    def promote(self) -> None:
-        """Become an operator, and go on when it is so: what follows may rely on it."""
-        self.request(Promoted(self.session))
-        log.info("%s is an operator", self)
-
-    def request(self, entry: Entry) -> Any:
-        """Hand in what is answered where it is applied, and return what became of it, or None.
-
-        It is waited for, so that nobody has more answers coming than a gate counts.
-        """
-        try:
-            return self._ask(entry)
-        except Unforeseen:
-            raise
-        except Refusal:
-            return None  # it was answered where it was refused
-
-    def is_operator(self) -> bool:
-        """Tell whether it is an operator, as published."""
-        stay = self.server.broadcaster.room.by_session(self.session)
-        return stay is not None and stay.is_operator
-
-    def settle(self) -> None:
-        """Wait until all that it handed in has its place in the history."""
-        if not self.server.broadcaster.entries.is_applied(self._handed_in):
-            self._ask(Answered(self.session, []))
-
-    def _ask(self, entry: Entry, output: Output | None = None) -> Any:
-        """Hand in an entry and return what became of it; raise what refused it."""
-        outcome = Outcome()
-        self._hand_in(Handed(entry, outcome, output))
-        return outcome.wait()
-
-    def _hand_in(self, handed: Handed) -> None:
-        # A claim waits for no space: there are as many as connections without a name.
-        gate = self.gate if self.name else None
-        self._handed_in = self.server.broadcaster.entries.hand_in(handed, gate)
-
-    # The one way out.
-
-    def part(self, farewell: Farewell) -> None:
-        """Leave the room if in it, send the last line, and let the other end close first."""
-        self._count(farewell)
-        if self.name:
-            self.server.allowances.end(self._stay, self.address, self._allowance)
-            self._leave(farewell)
-        elif farewell.line:
-            with contextlib.suppress(OSError):
-                self.connection.send(_encoded(farewell.line))
-        log.info("%s left: %s", self, self.output.reason or farewell)
-        self.connection.drain(time.monotonic() + LINGER)
-
-    def _count(self, farewell: Farewell) -> None:
-        """Count somebody who was refused or turned away."""
-        reason = "" if self.name else self.output.reason.partition(";")[0]
-        if farewell.is_refusal:
-            reason = str(farewell).partition(":")[0]  # without what TLS has to say of itself
-        if reason:
-            self.server.refusals.add(reason)
-
-    def _leave(self, farewell: Farewell) -> None:
-        """Hand in the end, and wait until the broadcaster has let go of the socket.
-
-        Closed under the broadcaster's hands, its number could be another client's at once.
-        """
-        broadcaster = self.server.broadcaster
-        with contextlib.suppress(Gone):
-            if farewell.line:
-                last = Answered(self.session, [_encoded(farewell.line)])
-                broadcaster.entries.hand_in(Handed(last))
-            entry = (Left if farewell.for_good else Lost)(self.session, broadcaster.entries.now())
-            broadcaster.entries.hand_in(Handed(entry))
-        self.gate.wait_released()
-
-
 # --- Entries on their way ----------------------------------------------------
 
 
@@ -1095,7 +1098,8 @@ class EntryLog:
         self._closed = False  # nothing is handed in any more
         self._ahead = -math.inf  # of the monotonic clock, the time: as far as it ever was
         self._sessions = itertools.count(1)
-        self._lock = threading.Lock()  # guards all changes of the above but the waker and the sessions
+        # Guards all changes of the above but of the waker and the sessions.
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Return how many entries wait for a round."""
@@ -1119,7 +1123,8 @@ class EntryLog:
     def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
         """Append an entry; raise `Gone` when nothing counts any more.
 
-        Return its number, or that of one behind it. With the gate of its author, wait first while too much waits here or there.
+        Return its number, or that of one behind it.  With the gate of its author, wait
+        first while too much waits here or there.
         """
         while not self._append(handed, gate):
             assert gate is not None
