@@ -136,7 +136,8 @@ PARTING = 10.0  # seconds without progress until what is left for somebody who l
 LOOK = 10.0  # seconds between two looks for peers that are dead
 STOP_WAIT = 1.0  # seconds at shutdown for a file that another program keeps locked
 STOP_DELIVER = 2.0  # seconds at shutdown for what was accepted to go out
-STOP_CLOSE = 0.6  # seconds after that for the clients to close, and then for the threads
+STOP_GRACE = 0.5  # seconds after that for the last round, and for who reads the file
+STOP_CLOSE = 0.6  # seconds after that for the clients to close, and for each thread of the log
 # In the history.
 RETAINED = 50_000  # lines that a slow reader may be behind: minutes of a busy room
 ROWS = 199  # lines inserted by a statement, five values each; older SQLites take 999 in all
@@ -364,7 +365,12 @@ class ChatServer:
                 self.connections.remove(client)
 
     def stop(self) -> None:
-        """Deliver what was accepted, say goodbye and close; at most five seconds."""
+        """Deliver what was accepted, say goodbye and close.
+
+        At most five seconds, the sum of the limits of this above: `STOP_DELIVER`,
+        `STOP_GRACE`, and `STOP_CLOSE` twice for the clients and then `CLOSE_LIMIT` for the
+        file, or twice more for the log on several machines.
+        """
         with self._stopper:  # whoever comes second waits until it has stopped
             if not self.stopping.is_set():
                 self.stopping.set()
@@ -2240,10 +2246,11 @@ class Broadcaster:
         self._sockets.waker.wake()
         self._thread.join(STOP_WAIT)
         self.history.give_up()
-        # A disk that does not answer must not hold up the end; its thread ends with the process.
-        self._thread.join(STOP_DELIVER - STOP_WAIT + 0.5)
+        self._pager.end()
+        # A disk that does not answer must not hold up the end; its threads end with the process.
+        for thread in self._thread, self._pager.thread:
+            thread.join(self._stop_at + STOP_GRACE - time.monotonic())
         self.entries.stop()
-        self._pager.stop()
 
     def close(self) -> None:
         """Give the descriptors back, unless the thread still has them."""
@@ -2704,17 +2711,16 @@ class Pager:
         self._waker = waker
         self._wanted: queue.SimpleQueue[tuple[Output, int, int] | None] = queue.SimpleQueue()
         self._ends = False
-        self._thread = threading.Thread(target=self._run, name="pager", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="pager", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        self.thread.start()
 
-    def stop(self) -> None:
-        """End the thread; what is still wanted is read for nobody."""
+    def end(self) -> None:
+        """Have the thread end; what is still wanted is read for nobody."""
         self._ends = True
         self._wanted.put(None)
-        self._thread.join(STOP_CLOSE)
 
     def ask(self, output: Output, position: int, end: int) -> None:
         """Have lines from a position up to `end` read, as many as fit a page."""
