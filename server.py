@@ -408,7 +408,7 @@ def _listen_on(host: str, port: int) -> socket.socket:
 
 
 class Client:
-    """One connection and its input; its own thread's, but for `end`, `turn_away` and `str`.
+    """One connection and its input; its own thread's, but for `cut`, `turn_away` and `str`.
 
     `session` is the connection's number, under which its entries are handed in.
     """
@@ -436,9 +436,9 @@ class Client:
 
     # From any thread.
 
-    def end(self, how: int = socket.SHUT_RDWR) -> None:
+    def cut(self, how: int = socket.SHUT_RDWR) -> None:
         """Let its thread find the end of the input, whatever it waits for."""
-        self.output.end(how)
+        self.output.cut(how)
 
     def turn_away(self, line: str) -> None:
         """End somebody at the door with a line; who is in the room hears it there."""
@@ -447,7 +447,7 @@ class Client:
         self.output.reason = line.removeprefix("-> ")
         with contextlib.suppress(OSError):
             self.connection.send(_encoded(line))
-        self.end()
+        self.cut()
 
     # At the door.
 
@@ -483,9 +483,9 @@ class Client:
             self.connection.send(b"PASS\n")
             given = self._next_line(deadline)
             with self.server.connections.aside(self, self.server.broadcaster.room):
-                asked = time.monotonic()
+                since = time.monotonic()
                 is_right = self._check(self.server.password, given, key)
-                deadline += time.monotonic() - asked  # our own waiting is not theirs
+                deadline += time.monotonic() - since  # our own waiting is not theirs
             if is_right:
                 return
             log.warning("%s gave a wrong password", self)
@@ -674,7 +674,7 @@ class Client:
         stay = self.server.broadcaster.room.by_session(self.session)
         return stay is not None and stay.is_operator
 
-    def settle(self) -> None:
+    def wait_applied(self) -> None:
         """Wait until all that it handed in has its place in the history."""
         if not self.server.broadcaster.entries.is_applied(self._handed_in):
             self._ask(Answered(self.session, []))
@@ -826,7 +826,7 @@ class Connections:
     def end_all(self, how: int) -> None:
         """Shut all connections down and wait a while for their threads to end."""
         for client in self.all():
-            client.end(how)
+            client.cut(how)
         with self._changed:
             self._changed.wait_for(lambda: not self._all, STOP_CLOSE)
 
@@ -884,7 +884,7 @@ class Allowances:
     def __init__(self, rate: float) -> None:
         self.rate = rate
         self._of_stays: dict[int, Allowance] = {}
-        self._left: dict[str, list[Allowance]] = {}  # by address, of who is gone
+        self._of_gone: dict[str, list[Allowance]] = {}  # by address, of who is gone
         self._joins: dict[str, Allowance] = {}  # by address
         self._lock = threading.Lock()  # guards all of the above
 
@@ -900,7 +900,7 @@ class Allowances:
         with self._lock:
             known = self._of_stays.get(stay)
             if known is None:
-                left = self._left.get(address)
+                left = self._of_gone.get(address)
                 known = min(left, key=Allowance.now) if left else Allowance(self.rate)
                 if left:
                     left.remove(known)
@@ -912,14 +912,14 @@ class Allowances:
         with self._lock:
             if self._of_stays.setdefault(stay, allowance) is not allowance:
                 return  # somebody goes on with it already
-            self._left.setdefault(address, []).append(allowance)
+            self._of_gone.setdefault(address, []).append(allowance)
             self._forget_full()
 
     def _forget_full(self) -> None:
         """Forget allowances that are as good as new ones, in use or not."""
         self._of_stays = {n: one for n, one in self._of_stays.items() if not one.is_full()}
-        kept = {a: [one for one in left if not one.is_full()] for a, left in self._left.items()}
-        self._left = {address: left for address, left in kept.items() if left}
+        kept = {a: [one for one in left if not one.is_full()] for a, left in self._of_gone.items()}
+        self._of_gone = {address: left for address, left in kept.items() if left}
 
 
 class Secret:
@@ -1051,25 +1051,33 @@ def _encoded(line: str) -> bytes:
 # --- Entries on their way ----------------------------------------------------
 
 
-class Outcome:
-    """What became of an entry: one thread waits for it, the broadcaster settles it, always."""
+class Verdict(NamedTuple):
+    """What became of an entry: what it gave, or what refused it."""
 
-    __slots__ = ("_settled", "value")
+    value: Any = None
+    error: Exception | None = None
+
+
+class Outcome:
+    """Where somebody waits for the verdict on an entry; the broadcaster settles it, always."""
+
+    __slots__ = ("_settled", "verdict")
 
     def __init__(self) -> None:
-        self.value: Any = Unforeseen(protocol.UNFORESEEN)  # should the round fail
+        self.verdict = Verdict(error=Unforeseen(protocol.UNFORESEEN))  # should the round fail
         self._settled = threading.Event()
 
     def settle(self) -> None:
-        """Let the waiting thread have the value."""
+        """Let the waiting thread have the verdict."""
         self._settled.set()
 
     def wait(self) -> Any:
-        """Return the value when it is settled, or raise it."""
+        """Return what the entry gave when it is settled, or raise what refused it."""
         self._settled.wait()
-        if isinstance(self.value, Exception):
-            raise self.value
-        return self.value
+        value, error = self.verdict
+        if error is not None:
+            raise error
+        return value
 
 
 class Handed(NamedTuple):
@@ -1302,7 +1310,7 @@ class Claim(NamedTuple):
     """Somebody asks to join, or comes back with the key of a place."""
 
     session: int
-    asked: Introduction  # with the key's hash for the key
+    introduction: Introduction  # with the key's hash for the key
     address: str
     time: float
 
@@ -1455,7 +1463,7 @@ class Begin(NamedTuple):
 
     session: int
     position: int  # of the next line when it came
-    asked: Introduction
+    introduction: Introduction
     greeting: list[str]
     missed_private: int  # private lines that are not to be had any more
     whispers: int  # those that there ever were, but for the ones that follow
@@ -1744,14 +1752,14 @@ class Room:
         server = claim.session >> SERVER_BITS
         if server and server not in self.servers:  # it is over, and will have to know
             raise _no_admission()
-        if (number := self.keys.get(claim.asked.key)) is not None:
+        if (number := self.keys.get(claim.introduction.key)) is not None:
             return self._take_over(self.stays[number], claim), True
-        name = claim.asked.name
+        name = claim.introduction.name
         self._check_bans(name, claim.address)
         self._check_name(name)
         shown = self.present(protocol.WELCOME_NAMES)
         greeting = [protocol.welcome(name, shown, len(self.stays))]
-        stay = Stay(claim.session, name, claim.asked.key, claim.address, claim.session)
+        stay = Stay(claim.session, name, claim.introduction.key, claim.address, claim.session)
         self._enter(stay)
         self._begin(claim, stay, greeting)
         self._announce(protocol.joined(name))
@@ -1767,7 +1775,7 @@ class Room:
         stay = stay._replace(session=claim.session, address=claim.address, kept_until=math.inf)
         self._enter(stay)
         greeting = [protocol.welcome_back(stay.name)]
-        if claim.asked.name != stay.name:
+        if claim.introduction.name != stay.name:
             greeting.append(protocol.now_named(stay.name))
         self._begin(claim, stay, greeting)
         return stay
@@ -1791,7 +1799,7 @@ class Room:
 
     def _begin(self, claim: Claim, stay: Stay, greeting: list[str]) -> None:
         """Have a session follow the room, from where it asked for."""
-        mail, had = self.mail.get(stay.key, Mail()), claim.asked.whispers
+        mail, had = self.mail.get(stay.key, Mail()), claim.introduction.whispers
         if had is None:  # it does not count: what came while it was away is new to it
             had = mail.offered
         mail = mail.without(had)
@@ -1799,7 +1807,9 @@ class Room:
             self.mail[stay.key] = mail  # while it is here, without an end
         missed = mail.total - had - len(mail.lines)
         number = mail.total - len(mail.lines)
-        begin = Begin(claim.session, self.end, claim.asked, greeting, missed, number, mail.lines)
+        begin = Begin(
+            claim.session, self.end, claim.introduction, greeting, missed, number, mail.lines
+        )
         self.result.effects.append(begin)
 
     def _enter(self, stay: Stay) -> None:
@@ -2193,7 +2203,7 @@ class Output:
         """Tell whether it has all that it is to get."""
         return self.until is not None and not (self.data or self.outbox or self.fetching)
 
-    def end(self, how: int = socket.SHUT_RDWR) -> None:
+    def cut(self, how: int = socket.SHUT_RDWR) -> None:
         """Let the client's thread find the end of its input."""
         self.gate.close()
         self.connection.shutdown(how)
@@ -2287,7 +2297,7 @@ class Broadcaster:
             output.release()
         for handed in self.entries.take():  # no round will come to it
             if handed.outcome is not None:
-                handed.outcome.value = Gone()
+                handed.outcome.verdict = Verdict(error=Gone())
                 handed.outcome.settle()
         self._sockets.close()
 
@@ -2371,13 +2381,13 @@ class Broadcaster:
 
     def _apply(self, batch: list[Handed]) -> None:
         """Apply a batch to the room, store its lines, publish it, and carry out its effects."""
-        room, values = self._judged(batch, keeps=True)
+        room, verdicts = self._judged(batch, keeps=True)
         if not self._store.keep(room):
-            room, values = self._judged(batch, keeps=False)
+            room, verdicts = self._judged(batch, keeps=False)
         self.room = room  # from here on others read it
-        for handed, value in zip(batch, values, strict=True):
+        for handed, verdict in zip(batch, verdicts, strict=True):
             if handed.outcome is not None:
-                handed.outcome.value = value
+                handed.outcome.verdict = verdict
         for effect in room.result.effects:
             self._carry_out(effect)
 
@@ -2392,24 +2402,24 @@ class Broadcaster:
                     self._end(output, End(output.session, self.room.end, Ending.LEFT))
                     self._due.add(output)
 
-    def _judged(self, batch: list[Handed], *, keeps: bool) -> tuple[Room, list[Any]]:
-        """Return a draft to which a batch is applied, one by one, and what became of each entry."""
+    def _judged(self, batch: list[Handed], *, keeps: bool) -> tuple[Room, list[Verdict]]:
+        """Return a draft to which a batch is applied, one by one, and the verdict on each entry."""
         room = self.room.draft(keeps=keeps)
-        return room, [self._value(room, handed) for handed in batch]
+        return room, [self._verdict(room, handed) for handed in batch]
 
-    def _value(self, room: Room, handed: Handed) -> Any:
+    def _verdict(self, room: Room, handed: Handed) -> Verdict:
         """Apply an entry to a draft of the room, and return what became of it."""
         # On several machines all have it, and all have to judge it alike.
         if handed.output is not None and handed.output.gate.closed and not handed.is_ours:
-            return Gone()  # turned away while its claim was on the way
+            return Verdict(error=Gone())  # turned away while its claim was on the way
         try:
-            return room.apply(handed.entry)
+            return Verdict(room.apply(handed.entry))
         except (Refusal, Farewell, Gone) as refusal:
-            return refusal
+            return Verdict(error=refusal)
         except Exception:
             log.exception("a fault in %s; the room goes on", type(handed.entry).__name__)
             room.do_without(handed.entry, self.room, is_awaited=handed.outcome is not None)
-            return Unforeseen(protocol.UNFORESEEN)
+            return Verdict(error=Unforeseen(protocol.UNFORESEEN))
 
     def _carry_out(self, effect: Effect) -> None:
         """Do for one client what the room has decided; a fault in it ends that client alone."""
@@ -2433,7 +2443,7 @@ class Broadcaster:
         """Have an output follow the room from where it was asked for."""
         self.outputs[output.session] = output
         self._following.append(output)
-        asked, end = begin.asked, begin.position
+        asked, end = begin.introduction, begin.position
         wanted = end - asked.last if asked.position is None else asked.position
         output.position = start = self.history.start_for(wanted, end)
         lines = list(begin.greeting)
@@ -2457,7 +2467,7 @@ class Broadcaster:
             output.outbox.clear()
             output.until, output.data = min(output.position, end.position), b""
             output.fetching = False
-            output.end()
+            output.cut()
         elif end.how is Ending.PUT_OUT:
             output.gate.close()
         else:
@@ -2604,7 +2614,7 @@ class Broadcaster:
             self._sockets.watch(output, False)
         output.data, output.fetching = b"", False
         output.outbox.clear()
-        output.end()
+        output.cut()
         if output.until is None:
             output.position = self.history.end
         else:
@@ -2853,7 +2863,7 @@ def _history(client: Client, argument: str) -> list[str]:
     count = argument or str(protocol.REPLAY)
     if not re.fullmatch(r"\d{1,4}", count, re.ASCII) or not 1 <= int(count) <= MAX_ANSWER:
         return [protocol.HISTORY_USAGE.format(most=MAX_ANSWER)]
-    client.settle()
+    client.wait_applied()
     found = client.server.history.last(int(count))
     return [protocol.recalled(*line) for line in found] or [protocol.NOTHING_SAID]
 
@@ -2862,7 +2872,7 @@ def _history(client: Client, argument: str) -> list[str]:
 def _search(client: Client, argument: str) -> list[str]:
     if not argument:
         raise Usage
-    client.settle()
+    client.wait_applied()
     try:
         found, limit = client.server.history.search(argument, protocol.REPLAY), ""
     except TookTooLong as error:
@@ -3184,12 +3194,12 @@ class FileHistory(History):
             self._place, self.fmt, self._ending, lambda waiting: self.on_waiting(waiting)
         )
         opened.callback(self._writer.close, 0.0)
-        self._pager, self._questions, self._searches = readers = [
+        self._pages, self._questions, self._searches = readers = [
             Access(_read_only(self._place.path)) for _ in range(3)
         ]
         for reader in readers:
             opened.callback(reader.close, 0.0)
-        self._place.settle()
+        self._place.hold_log()
         if last is not None:
             self.first = last + 1
         self._oldest = self.first if first is None else first
@@ -3212,7 +3222,7 @@ class FileHistory(History):
 
     def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
         """Return at most `PAGE` lines from the file, up to one that is missing there."""
-        rows = self._pager.rows(
+        rows = self._pages.rows(
             "SELECT position, time, kind, name, text FROM lines"
             " WHERE position >= ? AND position < ? ORDER BY position LIMIT ?",
             (position, end, PAGE),
@@ -3276,7 +3286,7 @@ class FileHistory(History):
         deadline = time.monotonic() + CLOSE_LIMIT
         # Readers first: the last to close removes the log, and a reader cannot.  SQLite sees
         # itself whether the file was moved, and then leaves alone what has the log's name.
-        for access in (self._pager, self._questions, self._searches, self._writer):
+        for access in (self._pages, self._questions, self._searches, self._writer):
             access.close(deadline)
         self._place.leave()
 
@@ -3292,12 +3302,12 @@ class HeldFile:
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)
         real = os.path.realpath(path)  # where SQLite puts what belongs to the file
-        self._log, self._index = f"{real}-wal", f"{real}-shm"
-        self._held = [_hold(self.path)]
+        self._wal, self._index = f"{real}-wal", f"{real}-shm"
+        self._held = [_lock_file(self.path)]
         self._files: dict[str, tuple[int, int]] = {}  # device and inode of each by its name
         try:
-            if os.path.exists(self._log):  # a server runs, if on another file, or was killed
-                os.close(_hold(self._log))
+            if os.path.exists(self._wal):  # a server runs, if on another file, or was killed
+                os.close(_lock_file(self._wal))
         except BaseException:
             self.leave()
             raise
@@ -3307,10 +3317,10 @@ class HeldFile:
         os.lseek(self._held[0], 0, os.SEEK_SET)
         return os.read(self._held[0], len(MAGIC))
 
-    def settle(self) -> None:
+    def hold_log(self) -> None:
         """Hold the log too, now that SQLite has made it, and remember which files they are."""
-        self._held.append(_hold(self._log))
-        for path, held in zip((self.path, self._log), self._held, strict=True):
+        self._held.append(_lock_file(self._wal))
+        for path, held in zip((self.path, self._wal), self._held, strict=True):
             self._files[path] = _identity(os.fstat(held))
         self._files[self._index] = _identity(os.stat(self._index))
         try:
@@ -3339,7 +3349,7 @@ class HeldFile:
             os.close(held)
 
 
-def _hold(path: str) -> int:
+def _lock_file(path: str) -> int:
     """Open a file and keep other servers away from it; return the descriptor that does."""
     try:
         held = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
@@ -3450,7 +3460,7 @@ class Writer:
         """
         since, told = time.monotonic(), False
         try:
-            while not _begins(database):
+            while not _try_to_begin(database):
                 if self._ending.wait(LOCK_STEP):
                     raise NotStored("another program keeps the file locked")
                 self._place.check()
@@ -3497,7 +3507,7 @@ class Writer:
         self._access.close(deadline, "PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def _begins(database: sqlite3.Connection) -> bool:
+def _try_to_begin(database: sqlite3.Connection) -> bool:
     """Begin to write, or tell that another program does."""
     try:
         database.execute("BEGIN IMMEDIATE")
@@ -3738,7 +3748,7 @@ class Follower:
         return self._under_way or []
 
     @property
-    def call(self) -> Append:
+    def request(self) -> Append:
         """What to ask of the log, again and again until it answers: always the very same.
 
         On a new connection an empty round will do.  The last row that was applied is
@@ -3934,7 +3944,7 @@ class Database:
                 results.append(result)
         return self._rows(results)
 
-    def is_notified(self) -> bool:
+    def take_notices(self) -> bool:
         """Tell whether somebody has appended since the last time; raise `Away`."""
         count = 0
         with self._failing():
@@ -4609,7 +4619,8 @@ class SharedLog(EntryLog):
             if one.reserved is not None:
                 one.reserved.remove(one.reserved_lines, one.size)
             if one.outcome is not None:
-                one.outcome.value = _no_admission() if type(one.entry) is Claim else Gone()
+                is_claim = type(one.entry) is Claim
+                one.outcome.verdict = Verdict(error=_no_admission() if is_claim else Gone())
                 one.outcome.settle()
 
     def wait(self, what: str, claims: Iterable[Handed] = ()) -> None:
@@ -4648,7 +4659,7 @@ class Scribe:
     """
 
     def __init__(self, shared: SharedLog, waker: Waker, history: SharedHistory) -> None:
-        self._log = shared
+        self._shared = shared
         self._waker = waker
         self._history = history
         self._database = Database(history.address)
@@ -4731,30 +4742,30 @@ class Scribe:
             if self._follower.number is None:
                 self._start()
             else:
-                self._log.deliver(*self._follower.answered(rows))
+                self._shared.deliver(*self._follower.answered(rows))
             self._be_well()
-        elif self._database.is_notified() or self._hears():
+        elif self._database.take_notices() or self._wait_for_others():
             found = self._database.execute(
                 f"{READ_ROWS} chat.rounds WHERE number > $1 ORDER BY 1",
                 self._follower.number,
                 seconds=UNANSWERED,
                 tick=self._tick,
             )
-            self._log.deliver(*self._follower.heard(_rows(found)))
+            self._shared.deliver(*self._follower.heard(_rows(found)))
 
     def _begin_round(self) -> bool:
         """Make a round of what was handed in, or an empty one if it is time; tell whether."""
         is_due = time.monotonic() - self._begun_at >= EMPTY_ROUND
-        handed = self._log.gather(is_due=is_due)
+        handed = self._shared.gather(is_due=is_due)
         if handed is not None:
             self._follower.begin(handed)
         return handed is not None
 
-    def _hears(self) -> bool:
+    def _wait_for_others(self) -> bool:
         """Wait until there is something to do; tell whether others have appended."""
         self._database.wait(self._waker, self._begun_at + EMPTY_ROUND - time.monotonic())
         self._waker.clear()
-        return self._database.is_notified()
+        return self._database.take_notices()
 
     def _append(self, seconds: float, tick: Callable[[], None]) -> list[Row]:
         """Have our round in the log, and return what is new there."""
@@ -4764,7 +4775,7 @@ class Scribe:
         found = self._database.execute(
             f"{READ_ROWS} chat.append($1, $2, $3, $4, $5)",
             RULES,
-            *self._follower.call,
+            *self._follower.request,
             seconds=seconds,
             tick=tick,
         )
@@ -4775,7 +4786,7 @@ class Scribe:
         history = self._history
         beginning = _read_beginning(self._database, self.server, history.retained, history.fmt)
         behind = self._follower.start(beginning.number, beginning.rows)
-        self._log.deliver(Handed(Restored(beginning.state)), *behind, beginning=beginning)
+        self._shared.deliver(Handed(Restored(beginning.state)), *behind, beginning=beginning)
 
     # When the database is away.
 
@@ -4786,7 +4797,7 @@ class Scribe:
         since = self._silent_since
         if since is not None and not self._has_told and time.monotonic() - since >= TELL_WAITING:
             self._has_told = True
-            self._log.wait("the database", self._follower.under_way)
+            self._shared.wait("the database", self._follower.under_way)
 
     def _be_well(self) -> None:
         """Know that the database has answered."""
@@ -4796,7 +4807,7 @@ class Scribe:
             log.info("the database answers again")
         if self._has_told:
             self._has_told = False
-            self._log.go_on("the database")
+            self._shared.go_on("the database")
 
     def _lose(self, why: str) -> None:
         """Wait a little before the next host is tried, and log that it has to be."""
@@ -4819,15 +4830,15 @@ class Scribe:
         self._drop_all(former)
 
     def _drop_all(self, former: Follower) -> None:
-        waiting = self._log.gather(is_due=True) or []
-        self._log.drop([*former.abandoned(), *waiting])
+        waiting = self._shared.gather(is_due=True) or []
+        self._shared.drop([*former.abandoned(), *waiting])
 
     def _give_up(self, error: Exception) -> None:
         """End the server: it cannot go on from what the database has."""
         why = error if str(error) else "the database is not the one that it was; start again"
         log.critical("%s", why)
         self._history.failure = str(why)
-        self._log.close()
+        self._shared.close()
         self._drop_all(self._follower)
         self._history.on_failure()
 
@@ -4886,7 +4897,7 @@ class Keeper:
     """
 
     def __init__(self, shared: SharedLog, broadcaster: Broadcaster, history: SharedHistory) -> None:
-        self._log = shared
+        self._shared = shared
         self._broadcaster = broadcaster
         self._history = history
         self._database = Database(history.address)
@@ -4932,11 +4943,11 @@ class Keeper:
             self._is_failing = True
         else:
             self._is_failing = False
-            self._log.go_on("a point")
+            self._shared.go_on("a point")
         if self._is_failing:
             self._database.close()
             if self._history.is_full():
-                self._log.wait("a point")
+                self._shared.wait("a point")
 
     def _is_due(self, room: Room, age: float) -> bool:
         rounds, lines = room.progress.number - self._last, room.end - self._position
@@ -4954,7 +4965,7 @@ class Keeper:
             " FROM chat.points ORDER BY number DESC LIMIT 1"
         )
         self._learn(int(last), int(position))
-        self._log.kept_to(int(position))
+        self._shared.kept_to(int(position))
         if is_alone == "0" or not self._is_due(room, float(age)):
             self._ask("ROLLBACK")
             return
@@ -4990,7 +5001,7 @@ class Keeper:
         )
         self._ask("COMMIT")
         self._learn(room.progress.number, room.end)
-        self._log.kept_to(room.end)
+        self._shared.kept_to(room.end)
 
     def _check_followed(self, progress: Progress) -> None:
         """Raise `Away` for a database whose log is not the one that was followed."""

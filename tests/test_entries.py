@@ -334,7 +334,7 @@ def test_a_crowd_under_hasty_threads(hasty: None, monkeypatch: pytest.MonkeyPatc
                 f"peer{number}: turn {turn} line {line}" for turn in range(6) for line in range(20)
             ]
         for client in room.clients[1:]:
-            client.end()
+            client.cut()
         wait_until(lambda: room.names == ["witness"], "the others to be gone")
 
 

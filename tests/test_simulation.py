@@ -57,6 +57,7 @@ from server import (
     ToOne,
     Turn,
     Unbanned,
+    Verdict,
     Whispered,
     decode_entries,
     encode_entries,
@@ -252,7 +253,7 @@ class Server:
 
     def ask(self) -> None:
         """Have the log asked to append; requests and answers come late, twice or never."""
-        world, call = self.world, self.follower.call
+        world, call = self.world, self.follower.request
         self.asked_at = self.last_round = world.now
         stuck = world.chance.uniform(0.0, 25.0)  # in a network that comes back
         kind = world.chance.random() if world.is_talking else 1.0
@@ -333,11 +334,11 @@ class Server:
         claims: list[Outcome] = []
         for one in handed:
             try:
-                value = draft.apply(one.entry)
+                verdict = Verdict(draft.apply(one.entry))
             except (protocol.Refusal, program.Farewell, Gone) as refusal:
-                value = refusal
+                verdict = Verdict(error=refusal)
             if one.outcome is not None:
-                one.outcome.value = value
+                one.outcome.verdict = verdict
                 claims.append(one.outcome)
         for position, line in enumerate(draft.result.lines, self.room.end):
             self.lines[position] = line
@@ -422,8 +423,8 @@ class Connection:
     def look_at_claim(self) -> None:
         """Have the client know if it was not let in."""
         if self.claim is not None and self.claim._settled.is_set():
-            if isinstance(self.claim.value, Exception):
-                self.to_client(self.client.refused, isinstance(self.claim.value, Gone))
+            if self.claim.verdict.error is not None:
+                self.to_client(self.client.refused, isinstance(self.claim.verdict.error, Gone))
                 self.close()
             self.claim = None
 
@@ -736,7 +737,7 @@ class World:
         self.former.append(former)
         for server in self.servers:
             if server.log is self.log:
-                call = server.follower.call
+                call = server.follower.request
                 if server.asked_at is not None and self.chance.random() < 0.7:
                     former.append(call, self.now)
                 server.disconnect()
