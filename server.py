@@ -150,6 +150,7 @@ MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full 
 UNANSWERED = 5.0  # seconds until a database that does not answer is given up, for the next
 CONNECT = 5.0  # seconds to connect to one
 AGAIN = 0.25  # seconds until the next is tried
+MAX_ROUND = 1000  # lines in a round, about: 1 MB, which a slow network takes before `UNANSWERED`
 EMPTY_ROUND = 2.0  # seconds after which a round is due, with nothing in it if need be
 CONFIRM = 1.0  # seconds between two looks at which private lines have come
 POINT_ROUNDS = 5000  # rounds after which a point is due
@@ -4501,7 +4502,7 @@ class SharedLog(EntryLog):
             self._is_over = True
             arrived, self._arrived = self._arrived, deque()
         self.drop([one for arrival in arrived for one in arrival.handed])
-        self.drop(self.gather(is_due=True) or [])
+        self.drop(self.gather(is_due=True, most=math.inf) or [])
         self._keeper.stop()
 
     # For the broadcaster.
@@ -4538,14 +4539,22 @@ class SharedLog(EntryLog):
 
     # For the thread that follows.
 
-    def gather(self, *, is_due: bool) -> list[Handed] | None:
-        """Return what is to be the next round; None if there need not be one."""
+    def gather(self, *, is_due: bool, most: float = MAX_ROUND) -> list[Handed] | None:
+        """Return what is to be the next round; None if there need not be one.
+
+        Of what has waited for long it is a part: the same round is asked for again and
+        again, so it must not be one that is too large to be answered in time.
+        """
         with self._lock:
             if not (self._handed or is_due):
                 return None
-            handed, self._handed = self._handed, []
-            self._lines_taken += self._lines
-            self._lines = 0
+            lines = count = 0
+            while count < len(self._handed) and lines < most:
+                lines += self._handed[count].lines
+                count += 1
+            handed, self._handed = self._handed[:count], self._handed[count:]
+            self._lines_taken += lines
+            self._lines -= lines
         return handed
 
     def deliver(self, *handed: Handed, beginning: Beginning | None = None) -> None:
@@ -4788,7 +4797,7 @@ class Scribe:
         self._drop_all(former)
 
     def _drop_all(self, former: Follower) -> None:
-        waiting = self._log.gather(is_due=True) or []
+        waiting = self._log.gather(is_due=True, most=math.inf) or []
         self._log.drop([*former.abandoned(), *waiting])
 
     def _give_up(self, error: Exception) -> None:

@@ -1478,3 +1478,22 @@ def test_what_a_point_waits_for_is_given_up_at_the_end(keeper: Keeper) -> None:
     with pytest.raises(Away):
         keeper._ask("SELECT pg_sleep(30)")
     assert time.monotonic() - began < STOP
+
+
+def test_what_has_waited_for_long_goes_into_several_rounds(
+    cluster: Postgres, database: str
+) -> None:
+    """What a slow network could not take in time at once is said a part after the other."""
+    with servers(database, 1) as (one,):
+        alice, bob = Peer(one.port).join("alice"), Peer(one.port).join("bob")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            lines = [f"{number:05}{'x' * 900}" for number in range(10_000)]
+            sent = alice.send_until_blocked("".join(f"{line}\n" for line in lines).encode())
+        finally:
+            cluster.signal(signal.SIGCONT)
+        said = [f"alice: {line}" for line in lines[: sent // (len(lines[0]) + 1)]]
+        heard = bob.lines_until(said[-1])
+        assert [line for line in heard if line.startswith("alice: ")] == said
+    name = database.rpartition("/")[2]
+    assert int(cluster.sql("SELECT max(length(entries)) FROM chat.rounds", name)) < 1_200_000
