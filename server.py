@@ -261,7 +261,7 @@ class ChatServer:
         self.connections = Connections(self.limits)
         self.allowances = Allowances(self.limits.rate_limit)
         self.stopping = threading.Event()
-        self._stopper = threading.Lock()  # held by the thread that stops the server
+        self._stopper = threading.Lock()  # held by the thread that starts or stops the server
         self.history.on_failure = self._stop_aside
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
@@ -289,8 +289,9 @@ class ChatServer:
 
     def start(self) -> None:
         """Start the broadcaster and let people in."""
-        self.broadcaster.start()
-        self._receiver.start()
+        with self._stopper:  # a history that fails at once stops what has been started
+            self.broadcaster.start()
+            self._receiver.start()
         host = f"[{self.host}]" if ":" in self.host else self.host
         log.info("listening on %s:%d", host, self.port)
 
