@@ -154,6 +154,7 @@ MAX_ANSWER = 200  # lines of /history and /search: what an outbox holds at full 
 UNANSWERED = 5.0  # seconds until a database that does not answer is given up, for the next
 CONNECT = 5.0  # seconds to connect to one
 AGAIN = 0.25  # seconds until the next is tried
+MAX_ROUND = 1000  # lines in a round, about: 1 MB, which a slow network takes before `UNANSWERED`
 EMPTY_ROUND = 2.0  # seconds after which a round is due, with nothing in it if need be
 CONFIRM = 1.0  # seconds between two looks at which private lines have come
 POINT_ROUNDS = 5000  # rounds after which a point is due
@@ -264,7 +265,7 @@ class ChatServer:
         self.connections = Connections(self.limits)
         self.allowances = Allowances(self.limits.rate_limit)
         self.stopping = threading.Event()
-        self._stopper = threading.Lock()  # held by the thread that stops the server
+        self._stopper = threading.Lock()  # held by the thread that starts or stops the server
         self.history.on_failure = self._stop_aside
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
@@ -292,8 +293,9 @@ class ChatServer:
 
     def start(self) -> None:
         """Start the broadcaster and let people in."""
-        self.broadcaster.start()
-        self._receiver.start()
+        with self._stopper:  # a history that fails at once stops what has been started
+            self.broadcaster.start()
+            self._receiver.start()
         host = f"[{self.host}]" if ":" in self.host else self.host
         log.info("listening on %s:%d", host, self.port)
 
@@ -4536,7 +4538,7 @@ class SharedLog(EntryLog):
             self._is_over = True
             arrived, self._arrived = self._arrived, deque()
         self.drop([one for arrival in arrived for one in arrival.handed])
-        self.drop(self.gather(is_due=True) or [])
+        self.drop(self.gather(is_due=True, most=math.inf) or [])
         self._keeper.stop()
 
     # For the broadcaster.
@@ -4573,14 +4575,22 @@ class SharedLog(EntryLog):
 
     # For the threads that follow and keep, and at the end.
 
-    def gather(self, *, is_due: bool) -> list[Handed] | None:
-        """Return what is to be the next round; None if there need not be one."""
+    def gather(self, *, is_due: bool, most: float = MAX_ROUND) -> list[Handed] | None:
+        """Return what is to be the next round; None if there need not be one.
+
+        Of what has waited for long it is a part: the same round is asked for again and
+        again, so it must not be one that is too large to be answered in time.
+        """
         with self._lock:
             if not (self._handed or is_due):
                 return None
-            handed, self._handed = self._handed, []
-            self._lines_taken += self._lines
-            self._lines = 0
+            lines = count = 0
+            while count < len(self._handed) and lines < most:
+                lines += self._handed[count].lines
+                count += 1
+            handed, self._handed = self._handed[:count], self._handed[count:]
+            self._lines_taken += lines
+            self._lines -= lines
         return handed
 
     def deliver(self, *handed: Handed, beginning: Beginning | None = None) -> None:
@@ -4830,7 +4840,7 @@ class Scribe:
         self._drop_all(former)
 
     def _drop_all(self, former: Follower) -> None:
-        waiting = self._shared.gather(is_due=True) or []
+        waiting = self._shared.gather(is_due=True, most=math.inf) or []
         self._shared.drop([*former.abandoned(), *waiting])
 
     def _give_up(self, error: Exception) -> None:

@@ -21,7 +21,17 @@ from typing import Any
 
 import postgres
 import pytest
-from chat import DEADLINE, STOP, Peer, Server, run_chat, run_server, stopping, wait_until
+from chat import (
+    DEADLINE,
+    STOP,
+    Peer,
+    Server,
+    no_leaks,
+    run_chat,
+    run_server,
+    stopping,
+    wait_until,
+)
 from clients import Shown, chatting, flush
 from postgres import Postgres
 from proxy import CLOSE, DOWN, STALL, Fault, How, Proxy
@@ -1488,3 +1498,40 @@ def test_what_a_point_waits_for_is_given_up_at_the_end(keeper: Keeper) -> None:
     with pytest.raises(Away):
         keeper._ask("SELECT pg_sleep(30)")
     assert time.monotonic() - began < STOP
+
+
+def test_what_has_waited_for_long_goes_into_several_rounds(
+    cluster: Postgres, database: str
+) -> None:
+    """What a slow network could not take in time at once is said a part after the other."""
+    with servers(database, 1) as (one,):
+        alice, bob = Peer(one.port).join("alice"), Peer(one.port).join("bob")
+        cluster.signal(signal.SIGSTOP)
+        try:
+            lines = [f"{number:05}{'x' * 900}" for number in range(10_000)]
+            sent = alice.send_until_blocked("".join(f"{line}\n" for line in lines).encode())
+        finally:
+            cluster.signal(signal.SIGCONT)
+        said = [f"alice: {line}" for line in lines[: sent // (len(lines[0]) + 1)]]
+        heard = bob.lines_until(said[-1])
+        assert [line for line in heard if line.startswith("alice: ")] == said
+    name = database.rpartition("/")[2]
+    assert int(cluster.sql("SELECT max(length(entries)) FROM chat.rounds", name)) < 1_200_000
+
+
+def test_a_history_that_fails_at_once_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails while the server starts waits until all is there that is to be stopped."""
+    with no_leaks():
+        server = ChatServer(port=0)
+        start = server.broadcaster.start
+
+        def start_and_fail() -> None:
+            start()
+            server.history.on_failure()
+            for thread in threading.enumerate():
+                if thread.name == "stop":  # which must not come to its end now
+                    thread.join(0.2)
+
+        monkeypatch.setattr(server.broadcaster, "start", start_and_fail)
+        server.start()
+        wait_until(server.stopping.is_set, "the server to stop")
