@@ -1814,6 +1814,15 @@ class DumbTerminal(Terminal):
         self._write(self._render(item) + "\n")
 
 
+class _Input:
+    """A line, or an answer, from before it is asked for to after it is off the screen."""
+
+    def __init__(self, question: str = "") -> None:
+        self.question = question  # what comes must wait until it is answered; empty for a line
+        self.drawn = False  # readline has drawn the prompt
+        self.cleared = False  # Ctrl-C did not mean to leave
+
+
 class ReadlineTerminal(Terminal):
     """A terminal with the standard library alone: `input`, with GNU readline where there is one.
 
@@ -1821,20 +1830,20 @@ class ReadlineTerminal(Terminal):
     line by the main thread, in a signal handler: readline's own functions take
     the line off the screen and put it back, cursor and all.  Without them (libedit,
     Windows) it is printed by the thread that brings it, and the line written again.
-    All below belongs to the main thread but for `_waiting` and `_shown`.
+    All below is set by the main thread, but for `_waiting`, `_shown` and, by who has
+    `_printing`, `_showing`; who shows reads it.
     """
 
     def __init__(self, look: Look) -> None:
         super().__init__(look)
         self._readline = _import_readline()
         self._library = _readline_library(self._readline)
-        self._waiting: deque[str] = deque()  # rendered, not yet on the screen
+        self._waiting: deque[str] = deque()  # rendered, not yet on the screen; any thread adds
         self._shown = threading.Event()  # set when they are
-        self._reading = False  # from before `input` to after its line is off the screen
-        self._prompted = False  # readline has drawn the prompt
-        self._showing = False
-        self._question: str | None = None  # what comes must wait until it is answered
-        self._cleared = False  # Ctrl-C did not mean to leave
+        # Without readline's functions, lets one thread at a time print and take from `_waiting`.
+        self._printing = threading.RLock()
+        self._showing = False  # a signal's handler leaves it to what it interrupts
+        self._input: _Input | None = None  # what is asked for now
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._hear_signals()
 
@@ -1843,7 +1852,7 @@ class ReadlineTerminal(Terminal):
         while True:
             self._take_terminal()
             self.hush(quiet=False)
-            self._reading = True
+            asked = self._input = _Input()
             try:
                 self._begin()
                 text = input(self._prompt())
@@ -1857,14 +1866,14 @@ class ReadlineTerminal(Terminal):
                     self._write("\n")
                 raise
             except KeyboardInterrupt:
-                if not self._cleared:
+                if not asked.cleared:
                     raise
             except EOFError:
                 # GNU readline has gone to the next row; others stay behind the prompt.
                 self._write("\x1b[A\r\x1b[J" if self._library else "\r\x1b[K")
                 raise
             finally:
-                self._reading = self._prompted = self._cleared = False
+                self._input = None
                 self.hush()  # what is typed now is shown with the next prompt
                 self._hear_signals()
                 self._show_waiting()
@@ -1878,7 +1887,7 @@ class ReadlineTerminal(Terminal):
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own, and keep the answer out of the recall."""
         self._take_terminal()
-        self._question = question
+        self._input = _Input(question)
         try:
             if secret:
                 return self._ask_secretly(question)
@@ -1892,20 +1901,21 @@ class ReadlineTerminal(Terminal):
                 self._forget_last()
             return answer
         finally:
-            self._question, self._prompted = None, False
+            self._input = None
             self._show_waiting()
 
     def show(self, item: Line | Notice) -> None:
         """Print an item above the half-typed line."""
         self._waiting.append(self._render(item))
-        if not self._library:
-            self._show_plainly()
-        elif threading.current_thread() is threading.main_thread():
+        if not self._library or threading.current_thread() is threading.main_thread():
             self._show_waiting()
-        while self._waiting and not (self._question and len(self._waiting) < MAX_HELD):
+        while self._waiting and not (self._question() and len(self._waiting) < MAX_HELD):
             self._shown.clear()
-            # Again and again: a signal that comes just before readline waits is lost on it.
-            signal.pthread_kill(threading.main_thread().ident or 0, KNOCK)
+            if self._library:
+                # Again and again: a signal that comes just before readline waits is lost on it.
+                signal.pthread_kill(threading.main_thread().ident or 0, KNOCK)
+            else:  # Ctrl-C kept the main thread from it
+                self._show_plainly()
             self._shown.wait(0.05)
 
     def hush(self, *, quiet: bool = True) -> None:
@@ -1939,7 +1949,7 @@ class ReadlineTerminal(Terminal):
     def _ignore_signals(self) -> None:
         # When a handler has raised, `input` runs those of other signals with the
         # exception still set, and whatever they do fails.
-        if self._library and self._reading:
+        if self._library and self._input and not self._input.question:
             # Python would complain of one that has come already, and is ignored only now.
             sys.unraisablehook = lambda _: None
             for number in (KNOCK, signal.SIGTSTP, signal.SIGCONT):
@@ -1962,7 +1972,12 @@ class ReadlineTerminal(Terminal):
             self._readline.parse_and_bind("set enable-bracketed-paste off")
 
     def _prompt(self) -> str:
-        return self._question or super()._prompt()
+        return self._question() or super()._prompt()
+
+    def _question(self) -> str:
+        """Return what is asked and must be answered before anything is shown, or nothing."""
+        asked = self._input
+        return asked.question if asked else ""
 
     def _on_start(self) -> None:
         if self._library:
@@ -1970,11 +1985,13 @@ class ReadlineTerminal(Terminal):
         self._readline.insert_text(self._take_back())
 
     def _on_prompt(self) -> None:
-        self._prompted = True
+        if self._input:
+            self._input.drawn = True
 
     def _is_active(self) -> bool:
         """Tell whether readline waits for a key, with prompt and line on the screen."""
-        return self._prompted and self._library is not None and self._library.is_reading()
+        is_drawn = self._input is not None and self._input.drawn
+        return is_drawn and self._library is not None and self._library.is_reading()
 
     def _complete(self, word: str, state: int) -> str | None:
         assert self._readline is not None
@@ -1992,8 +2009,11 @@ class ReadlineTerminal(Terminal):
 
     def _show_waiting(self) -> None:
         """Print what waits; in the main thread, where readline runs too."""
+        if not self._library:
+            self._show_plainly()
+            return
         library = self._library if self._is_active() else None
-        if self._question or self._showing or (self._reading and not library):
+        if self._question() or self._showing or (self._input and not library):
             return  # it is being done, or cannot be done now
         self._showing = True
         try:
@@ -2011,10 +2031,24 @@ class ReadlineTerminal(Terminal):
             self._shown.set()
 
     def _show_plainly(self) -> None:
-        line = self._prompt() + (self._readline.get_line_buffer() if self._readline else "")
-        while self._waiting and not self._question:
-            text = self._waiting.popleft() + "\n"
-            self._write(f"\r\x1b[K{text}{line}" if self._reading else text)
+        """Print what waits without readline's functions; in any thread."""
+        with self._printing:
+            if self._showing:
+                return  # by what the signal interrupted
+            self._showing = True
+            try:
+                while self._waiting and not self._question():
+                    self._write(self._above_line(self._waiting[0] + "\n"))
+                    self._waiting.popleft()
+            finally:  # Ctrl-C can come in between
+                self._showing = False
+
+    def _above_line(self, text: str) -> str:
+        """Return what puts a text above the line that is typed, if one is."""
+        if not self._input:
+            return text
+        line = self._readline.get_line_buffer() if self._readline else ""
+        return f"\r\x1b[K{text}{self._prompt()}{line}"
 
     def _erase(self, typed: str) -> None:
         """Take a line off the screen that was just entered, if it is sure how many rows it has."""
@@ -2031,12 +2065,14 @@ class ReadlineTerminal(Terminal):
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if not self.can_leave(frame):
             return _signal_again(number)
-        self._cleared = False
-        if self._reading and self._library and self._is_active():
+        asked = self._input
+        if asked:
+            asked.cleared = False
+        if asked and not asked.question and self._library and self._is_active():
             line = self._readline.get_line_buffer()
-            self._cleared = bool(line) or not self.means_to_leave()
+            asked.cleared = bool(line) or not self.means_to_leave()
             self._library.hide()
-            if self._cleared and not line:
+            if asked.cleared and not line:
                 self._waiting.append(self._render(Notice(HOW_TO_LEAVE)))
         self._ignore_signals()
         raise KeyboardInterrupt
@@ -2058,7 +2094,7 @@ class ReadlineTerminal(Terminal):
         """Take the terminal again, once we have it."""
         self._showing = True
         self.hush()
-        if self._library and self._prompted and in_foreground():
+        if self._library and self._input and self._input.drawn and in_foreground():
             self._library.give_terminal_back()
             self.hush()
             self._library.take_terminal()
