@@ -10,10 +10,11 @@ or, from Python, a bot::
             if line.text == "!time":
                 chat.send(time.ctime())
 
-Two threads: `ChatClient.receive` alone touches the connection, and `write` reads
-what the user types and leaves it in `Outgoing` for `receive` to send.  Each line
-stays there until the room has broadcast it, so a connection that breaks loses
-nothing and says nothing twice.
+Two threads matter: `ChatClient.receive` has the connection to itself, but for the
+first `connect` before it starts, the goodbye if it never does, and `leave`, which breaks
+it off in the end; `write` reads what the user types and leaves it in `Outgoing` for
+`receive` to send.  Each line stays there until the room has broadcast it, so a
+connection that breaks loses nothing and says nothing twice.
 
 Four things live for as long as their names say, and nothing in them is ever set
 back: the lines that are `Outgoing`, our `Place` in the room, an `Absence` from it
@@ -231,6 +232,7 @@ class Outgoing:
         self._waiting: deque[Typed] = deque()  # not sent yet
         self._sent: deque[Typed] = deque()  # without a receipt
         self._ended = False  # nobody waits any more
+        self._failed = 0  # lines that were refused or given up
 
     def add(self, item: Typed) -> None:
         """Let a line wait; the caller waits too while there are `MAX_WAITING`."""
@@ -269,6 +271,7 @@ class Outgoing:
             for item in self._waiting:
                 if item.verb == "nick":
                     self._waiting.remove(item)
+                    self._changed.notify_all()
                     return _new_name(item.text)
         return ""
 
@@ -290,6 +293,8 @@ class Outgoing:
             oldest = self._sent[0]
             if not protocol.may_answer(text, "" if oldest.echo else oldest.verb):
                 return None
+            if protocol.is_refusal(text) and oldest.verb != "quit":
+                self._failed += 1
             self._changed.notify_all()
             return self._sent.popleft()
 
@@ -312,6 +317,7 @@ class Outgoing:
         with self._changed:
             doubtful = [item for item in self._sent if item.echo]
             self._sent = deque(item for item in self._sent if not item.echo)
+            self._failed += len(doubtful)
             self._changed.notify_all()
         return doubtful
 
@@ -324,6 +330,11 @@ class Outgoing:
         """Return how many lines have no receipt."""
         with self._changed:
             return self._count()
+
+    def failed(self) -> int:
+        """Return how many lines were not broadcast, as far as we know."""
+        with self._changed:
+            return self._failed
 
     def is_quiet(self) -> bool:
         """Tell whether nothing that was sent is without its receipt."""
@@ -345,7 +356,7 @@ def _new_name(text: str) -> str:
 class Place:
     """Our place in the room; its connections come and go.
 
-    Only the thread that runs `ChatClient.receive` changes it; others read.
+    Changed by who calls `ChatClient.connect`, and then by `receive`; read by others.
     """
 
     def __init__(self, name: str) -> None:
@@ -402,7 +413,7 @@ class Place:
 class Absence:
     """The time until we are settled, by however many tries: before we came, or after a loss.
 
-    Touched only by the thread that runs `ChatClient.receive`; `next_try` is read by others.
+    Touched by who calls `ChatClient.connect`, and then by `receive`; others read `next_try`.
     """
 
     def __init__(self, since: float, *, first: bool = False) -> None:
@@ -475,8 +486,8 @@ class RollCall:
 class Session:
     """One connection to the server, from being dialled to being closed.
 
-    Only the thread that made it touches it, but for `shutdown`; others read `state`
-    and `progress`.  Times are `time.monotonic` seconds.
+    Touched by who calls `ChatClient.connect` and then by the thread of `receive`, but
+    for `shutdown`; others read `state` and `progress`.  Times are `time.monotonic` seconds.
     """
 
     def __init__(self, connection: Connection, waker: Waker, fmt: str, names: list[str]) -> None:
@@ -727,9 +738,9 @@ class ChatClient:
     Iterating gives each `Heard` line that is said from joining on; with `earlier` also
     those before, which say so of themselves.  Lines that were said while the connection
     was lost are given, and say so too.  `show`, when given, is called with all lines and
-    with each `Notice` instead, in the thread of `receive`.  `host` may name several
-    servers of one room, as ``a,b:1234,[::1]:1234``.  When none of them has let us back
-    in for `give_up` seconds, the conversation ends.
+    with each `Notice` instead, in the thread of `receive` and, at the end, of `leave`.
+    `host` may name several servers of one room, as ``a,b:1234,[::1]:1234``.  When none of
+    them has let us back in for `give_up` seconds, the conversation ends.
     """
 
     def __init__(
@@ -759,8 +770,8 @@ class ChatClient:
         self._leaving = threading.Event()  # we want to go, or cannot stay
         self._waker = Waker()  # of `receive`, when something waits to be sent
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
-        # From here on, what only the thread that runs `receive` changes; others read.
-        self.failed = 0  # lines that were not broadcast, as far as we know
+        # What follows is changed in the thread of `receive`, before it starts by who calls
+        # `connect`, and by who calls `leave` or `close` when it has ended; others read.
         self.reason = ""  # why the conversation ended, when nobody here wanted it to
         self._session: Session | None = None
         self._absence: Absence | None = Absence(time.monotonic(), first=True)
@@ -879,7 +890,7 @@ class ChatClient:
             session.shutdown()
             self._receiver.join(LEAVE_TIMEOUT)
         self.close()
-        self._give_up_receipts()
+        self._give_up_receipts()  # also when it still runs: nobody waits for it any more
         return [text for text in self.outgoing.unsent() if typed(text).verb != "quit"]
 
     @property
@@ -899,6 +910,11 @@ class ChatClient:
         return session is not None and session.state is State.SETTLED
 
     @property
+    @property
+    def failed(self) -> int:
+        """How many lines were not broadcast, as far as we know."""
+        return self.outgoing.failed()
+
     def away(self) -> bool:
         """Whether we are not in the room: there is no connection, or it is still at the door."""
         session = self._session
@@ -922,7 +938,27 @@ class ChatClient:
             self._say_goodbye()
             self._waker.close()
 
-    # What follows runs in the thread of `receive`, but for the first connect.
+    # Any thread may call these.
+
+    def _encode(self, text: str) -> bytes:
+        # With room for the longest name: it may have changed when the line goes out.
+        protocol.encode(text, self.fmt, MAX_TEXT)
+        return protocol.encode(protocol.said(self.name, text), self.fmt)
+
+    def _give_up_receipts(self) -> None:
+        """Say which lines may or may not have been seen: their receipts are not to be had."""
+        for item in self.outgoing.give_up():
+            why = "cannot know whether this was seen, /history may tell; not sent again"
+            self._show(Notice(f"{why}: {item.text}"))
+
+    def _show(self, item: Heard | Notice) -> None:
+        try:
+            self._show_to(item)
+        except OSError as error:  # of the screen, not of the connection
+            raise OutputClosed from error
+
+    # What follows runs in the thread of `receive`, but for what the first `connect` calls
+    # before it starts, and `leave` and `close` when it has ended.
 
     def _exchange(self, deadline: float | None) -> None:
         """Wait for lines, or for something to send, or for the deadline, and deal with it."""
@@ -1007,11 +1043,6 @@ class ChatClient:
             old.close()
             raise
         old.close()
-
-    def _encode(self, text: str) -> bytes:
-        # With room for the longest name: it may have changed when the line goes out.
-        protocol.encode(text, self.fmt, MAX_TEXT)
-        return protocol.encode(protocol.said(self.name, text), self.fmt)
 
     def _say_goodbye(self) -> None:
         """End the connection; our place is given up at once, also when we are not quite in."""
@@ -1182,7 +1213,6 @@ class ChatClient:
         if item.verb == "quit":
             self._leaving.set()
         elif protocol.is_refusal(text):
-            self.failed += 1
             unsent = item.text if discreet(item.text) == item.text else ""
             self._show(Notice("the last line was not sent", unsent))
 
@@ -1229,13 +1259,6 @@ class ChatClient:
         if absence.overflowed or any(line.in_room for line in lines):
             self._show(BEFORE if absence.first else WHILE_AWAY)
 
-    def _give_up_receipts(self) -> None:
-        """Say which lines may or may not have been seen: their receipts are not to be had."""
-        for item in self.outgoing.give_up():
-            self.failed += 1
-            why = "cannot know whether this was seen, /history may tell; not sent again"
-            self._show(Notice(f"{why}: {item.text}"))
-
     # What is shown.
 
     def _enter(self, absence: Absence) -> bool:
@@ -1269,12 +1292,6 @@ class ChatClient:
             oldest = Earlier(*absence.lines.popleft())
             if self._wants_earlier or not absence.first:
                 self._show(oldest)
-
-    def _show(self, item: Heard | Notice) -> None:
-        try:
-            self._show_to(item)
-        except OSError as error:  # of the screen, not of the connection
-            raise OutputClosed from error
 
 
 def _raise_if_final(line: Line) -> None:
