@@ -483,6 +483,19 @@ class RollCall:
         return True
 
 
+class Door:
+    """What a connection has shown at the door of the room, and was told there.
+
+    Touched as its `Session` is.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names  # to be given, the first of them now
+        self.introduced = False  # it is given
+        self.password_given = False
+        self.reason = ""  # what the server last had to say
+
+
 class Session:
     """One connection to the server, from being dialled to being closed.
 
@@ -492,17 +505,16 @@ class Session:
 
     def __init__(self, connection: Connection, waker: Waker, fmt: str, names: list[str]) -> None:
         self.state = State.AT_THE_DOOR
-        self.names = names  # to be given, the first of them now
-        self.introduced = False  # it is given
-        self.password_given = False
-        self.reason = ""  # what the server last had to say at the door
+        self.door = Door(names)
         self.roll_call: RollCall | None = None  # as soon as its first line has come
-        self.heard = time.monotonic()  # when bytes last came
-        self.progress = self.heard  # when a receipt last came, or a line was sent and none was due
-        self.silence_told = 0.0  # the `heard` of the last silence that we spoke of
+        self.heard_at = time.monotonic()  # when bytes last came
+        # When a receipt last came, or a line was sent and none was due.
+        self.progress = self.heard_at
+        self.silence_told = 0.0  # the `heard_at` of the last silence that we spoke of
         self.delay_told = 0.0  # the `progress` of the last delay that we spoke of
         self.waits_since: float | None = None  # the server said that the room is waiting
-        self.foreign: bool | None = None  # a line was of another format; False: it is told
+        self.is_foreign = False  # a line was of another format
+        self.foreign_told = False  # we spoke of that
         self._fmt = fmt
         self._connection = connection
         self._framer = Framer(protocol.MAX_SERVER_LINE)
@@ -535,13 +547,13 @@ class Session:
         if self._framer.overrun:
             raise ConnectionError("the server sends no lines")
         if data:
-            self.heard = time.monotonic()
+            self.heard_at = time.monotonic()
         return [self._line(line) for line in self._framer.feed(data or b"")]
 
     def _line(self, line: bytes) -> Heard:
-        if self.foreign is None and self._fmt == "ascii" and not line.isascii():
+        if not self.is_foreign and self._fmt == "ascii" and not line.isascii():
             with contextlib.suppress(UnicodeDecodeError):
-                self.foreign = bool(line.decode("utf-8"))
+                self.is_foreign = bool(line.decode("utf-8"))
         text = protocol.escape(line[: protocol.MAX_SERVER_LINE], self._fmt)
         return Heard(*protocol.parse(text))
 
@@ -611,8 +623,8 @@ class Entrance:
         self.turn = (self.turn + 1) % len(self.servers)
         return self.turn == 0
 
-    def has_moved(self) -> bool:
-        """Tell, once, whether the room is entered elsewhere than before."""
+    def note_move(self) -> bool:
+        """Take where we are as known; say whether it is elsewhere than before."""
         moved, self._last = self.turn != self._last, self.turn
         return moved
 
@@ -899,6 +911,11 @@ class ChatClient:
         return self.place.name
 
     @property
+    def failed(self) -> int:
+        """How many lines were not broadcast, as far as we know."""
+        return self.outgoing.failed()
+
+    @property
     def present(self) -> list[str]:
         """The names here, who spoke last first."""
         return self.place.present
@@ -910,11 +927,6 @@ class ChatClient:
         return session is not None and session.state is State.SETTLED
 
     @property
-    @property
-    def failed(self) -> int:
-        """How many lines were not broadcast, as far as we know."""
-        return self.outgoing.failed()
-
     def away(self) -> bool:
         """Whether we are not in the room: there is no connection, or it is still at the door."""
         session = self._session
@@ -977,8 +989,8 @@ class ChatClient:
                 self._hear_at_door(line, session)
             else:
                 self._hear(line, session)
-        if session.foreign:
-            session.foreign = False
+        if session.is_foreign and not session.foreign_told:
+            session.foreign_told = True
             self._show(Notice("the room has letters that ASCII has not; --format utf-8 shows them"))
 
     def _next_look(self) -> float | None:
@@ -992,7 +1004,7 @@ class ChatClient:
         """Say so when it is silent though something is due, and turn from one that has us wait."""
         session, now = self._session, time.monotonic()
         assert session is not None
-        silent = now - max(session.heard, session.progress)
+        silent = now - max(session.heard_at, session.progress)
         if self._absence and silent > CATCH_UP_TIMEOUT:
             raise TimeoutError("the server let us in and tells us nothing")
         self._tell_of_delay(session, silent, now - session.progress)
@@ -1011,9 +1023,9 @@ class ChatClient:
         if (
             (waiting or self._absence)
             and silent > PATIENCE
-            and session.silence_told != session.heard
+            and session.silence_told != session.heard_at
         ):
-            session.silence_told, session.delay_told = session.heard, session.progress
+            session.silence_told, session.delay_told = session.heard_at, session.progress
             kept = f"; {told}" if waiting else ""
             self._show(Notice(f"no answer from the server for {silent:.0f} s{kept}"))
         elif (
@@ -1029,7 +1041,7 @@ class ChatClient:
         """Enter at the next server, and let go of the old one when we are in."""
         absence, turn = self._absence, self.entrance.turn
         self._session = None
-        self._absence = absence if absence and not absence.entered else Absence(old.heard)
+        self._absence = absence if absence and not absence.entered else Absence(old.heard_at)
         try:
             while True:
                 self.entrance.turn_to_next()
@@ -1046,7 +1058,7 @@ class ChatClient:
 
     def _say_goodbye(self) -> None:
         """End the connection; our place is given up at once, also when we are not quite in."""
-        if self._session is not None and self._session.introduced:
+        if self._session is not None and self._session.door.introduced:
             self._session.say_goodbye()
         self._disconnect()
 
@@ -1057,7 +1069,7 @@ class ChatClient:
         session.close()
         had_come = self._absence is None or self._absence.entered
         if had_come and session.state is not State.AT_THE_DOOR:
-            self._absence = Absence(session.heard)
+            self._absence = Absence(session.heard_at)
 
     def _come_back(self) -> None:
         """Try until we are in the room again, or leave."""
@@ -1112,35 +1124,35 @@ class ChatClient:
             raise Refused("what answers there is not this chat; check --host and --port")
         elif protocol.is_welcome(str(line)):
             session.state = State.CATCHING_UP
-            self.place.name = session.names[0]
+            self.place.name = session.door.names[0]
             # Its answer comes behind the replay: only then do we know what was heard.
             session.say(protocol.encode("/names"))
             if self._absence is None or self._absence.first:
                 self._show(line)
-            if self.entrance.has_moved():
+            if self.entrance.note_move():
                 self._show(Notice(f"now at {self.entrance}"))
         else:
             _raise_if_final(line)
-            session.reason = line.text
+            session.door.reason = line.text
 
     def _introduce(self, session: Session) -> None:
         """Give our name; when it was refused, in a simpler way, or else the next one."""
-        if session.introduced:
-            if self.place.counts and protocol.HOW_TO_ANSWER in session.reason:
+        if session.door.introduced:
+            if self.place.counts and protocol.HOW_TO_ANSWER in session.door.reason:
                 self.place.counts = False  # an old server
-            elif len(session.names) > 1:
-                session.names.pop(0)
+            elif len(session.door.names) > 1:
+                session.door.names.pop(0)
             else:
-                raise NameRefused(session.reason)
-        session.introduced = True
-        session.say(protocol.encode(str(self.place.introduction(session.names[0]))))
+                raise NameRefused(session.door.reason)
+        session.door.introduced = True
+        session.say(protocol.encode(str(self.place.introduction(session.door.names[0]))))
 
     def _give_password(self, session: Session) -> None:
         if self.entrance.password is None:
             raise PasswordRefused("the room has a password; see --password-file")
-        if session.password_given:
-            raise PasswordRefused(session.reason)
-        session.password_given = True
+        if session.door.password_given:
+            raise PasswordRefused(session.door.reason)
+        session.door.password_given = True
         session.say(protocol.password_bytes(self.entrance.password) + b"\n")
 
     def _hear(self, line: Heard, session: Session) -> None:
@@ -1591,7 +1603,8 @@ class Screen(abc.ABC):
         self.look = look
         self.chat: ChatClient | None = None  # as soon as there is one
         self.leaving = threading.Event()  # a signal, or the end of the conversation, said so
-        self.heard = threading.Event()  # set when the main thread has run what a signal asks for
+        # Set when the main thread has run what a signal asks for.
+        self.signals_run = threading.Event()
 
     @abc.abstractmethod
     def read(self) -> str:
@@ -1618,7 +1631,7 @@ class Screen(abc.ABC):
 
     def on_knock(self, number: int, frame: FrameType | None) -> None:
         """Look up; the handlers of all signals that came before run together with this one."""
-        self.heard.set()
+        self.signals_run.set()
 
     def hush(self, *, quiet: bool = True) -> None:  # noqa: B027 - a pipe shows nothing typed
         """Have nothing that is typed appear, or have it appear again."""
@@ -1752,8 +1765,11 @@ class Terminal(Screen):
         if self._settings is not None and in_foreground():
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._settings)
 
-    def means_to_leave(self) -> bool:
-        """Tell whether Ctrl-C on an empty prompt leaves: while all is well only the second does."""
+    def note_interrupt(self) -> bool:
+        """Take note of a Ctrl-C on an empty prompt; say whether it leaves.
+
+        While all is well, only a second one soon after does.
+        """
         is_second = time.monotonic() - self._interrupted < INTERRUPT_AGAIN
         self._interrupted = time.monotonic()
         return is_second or self.chat is None or not self.chat.settled
@@ -2075,7 +2091,7 @@ class ReadlineTerminal(Terminal):
 
     def on_knock(self, number: int, frame: FrameType | None) -> None:
         """Show what waits."""
-        self.heard.set()
+        self.signals_run.set()
         if self.can_leave(frame):  # else readline is busy; it will be signalled again
             self._show_waiting()
 
@@ -2087,7 +2103,7 @@ class ReadlineTerminal(Terminal):
             asked.cleared = False
         if asked and not asked.question and self._library and self._is_active():
             line = self._readline.get_line_buffer()
-            asked.cleared = bool(line) or not self.means_to_leave()
+            asked.cleared = bool(line) or not self.note_interrupt()
             self._library.hide()
             if asked.cleared and not line:
                 self._waiting.append(self._render(Notice(HOW_TO_LEAVE)))
@@ -2422,7 +2438,7 @@ class ToolkitTerminal(Terminal):
         """Clear what is typed, or leave, as Ctrl-C means."""
         if app.current_buffer.text:
             app.current_buffer.reset()
-        elif self.means_to_leave():
+        elif self.note_interrupt():
             app.exit(exception=KeyboardInterrupt)
         else:
             with self._printed:
@@ -2651,7 +2667,10 @@ def _is_news(item: Heard | Notice, me: str) -> bool:
 
 
 def write(chat: ChatClient, screen: Screen, view: View) -> int:
-    """Send what is typed until there is no more; return how many lines were refused."""
+    """Send what is typed until there is no more; return how many lines were refused.
+
+    The classic's name for it: what is written to the room is what is read here.
+    """
     refused, doubted = 0, ""
     while True:
         try:
@@ -2823,6 +2842,11 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         with contextlib.suppress(OutputClosed):
             chat.leave()
         raise
+    return _take_leave(chat, screen, refused)
+
+
+def _take_leave(chat: ChatClient, screen: Screen, refused: int) -> int:
+    """Leave, tell what was not sent, and return the exit status."""
     try:
         unsent = chat.leave()
     except KeyboardInterrupt:  # once more: without a goodbye
@@ -2881,22 +2905,32 @@ def _join(chat: ChatClient, screen: Screen) -> None:
 
 def _screen(options: argparse.Namespace) -> Screen:
     """Return the best screen for where standard input and output lead."""
-    look = Look(timestamps=options.timestamps)
-    if not _has_terminal():
+    if not _is_interactive():
+        look = Look(timestamps=options.timestamps)
         return Pipe(look, options.format, verbatim=options.verbatim)
-    look.bell = not options.no_bell
-    term = os.environ.get("TERM", "")
-    if term in ("", "dumb") and os.name != "nt":
+    is_dumb = os.environ.get("TERM", "") in ("", "dumb") and os.name != "nt"
+    look = Look(
+        colors=0 if is_dumb or options.no_color else _colors(),
+        timestamps=options.timestamps,
+        bell=not options.no_bell,
+    )
+    if is_dumb:
         return DumbTerminal(look)
-    if not (options.no_color or os.environ.get("NO_COLOR")):
-        look.colors = 256 if "256color" in term or "COLORTERM" in os.environ else 16
     _widen_locale()
     with contextlib.suppress(ImportError):
         return ToolkitTerminal(look, has_status=not options.no_status)
     return ReadlineTerminal(look)
 
 
-def _has_terminal() -> bool:
+def _colors() -> int:
+    """Return how many colours the terminal has, as far as the environment tells."""
+    if os.environ.get("NO_COLOR"):
+        return 0
+    has_many = "256color" in os.environ.get("TERM", "") or "COLORTERM" in os.environ
+    return 256 if has_many else 16
+
+
+def _is_interactive() -> bool:
     """Tell whether somebody types and reads here, and no program does."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
@@ -2988,8 +3022,8 @@ def _have_signals_heard(screen: Screen) -> None:
 
     def knock() -> None:
         while written and (numbers := signals.recv(64)):  # they come however busy Python is
-            screen.heard.clear()
-            while set(numbers) != {KNOCK} and not screen.heard.wait(0.05):
+            screen.signals_run.clear()
+            while set(numbers) != {KNOCK} and not screen.signals_run.wait(0.05):
                 signal.pthread_kill(main, KNOCK)
 
     threading.Thread(target=knock, name="knock", daemon=True).start()
@@ -3097,7 +3131,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         return options
     given = _settings(file, must_be=options.settings is not None)
     found = {name: _option(file, name, value) for name, value in given.items()}
-    if options.settings is None and not _has_terminal():
+    if options.settings is None and not _is_interactive():
         for name in CHANGE_LINES:
             found.pop(name, None)
     return parser.parse_args([*filter(None, found.values()), *arguments])

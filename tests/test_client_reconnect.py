@@ -225,7 +225,7 @@ def test_absence_begins_with_the_last_that_was_heard() -> None:
         bob.send("unheard")
         bob.expect("bob: unheard")
         assert chat._session
-        chat._session.heard -= 151
+        chat._session.heard_at -= 151
         proxy.end(GHOST)
         shown.wait_for("bob: unheard")
         assert re.fullmatch(r"back after 1[5-9]\d s, 1 line missed", shown.notices[-1])
