@@ -10,10 +10,11 @@ or, from Python, a bot::
             if line.text == "!time":
                 chat.send(time.ctime())
 
-Two threads: `ChatClient.receive` alone touches the connection, and `write` reads
-what the user types and leaves it in `Outgoing` for `receive` to send.  Each line
-stays there until the room has broadcast it, so a connection that breaks loses
-nothing and says nothing twice.
+Two threads matter: `ChatClient.receive` has the connection to itself, but for the
+first `connect` before it starts, the goodbye if it never does, and `leave`, which breaks
+it off in the end; `write` reads what the user types and leaves it in `Outgoing` for
+`receive` to send.  Each line stays there until the room has broadcast it, so a
+connection that breaks loses nothing and says nothing twice.
 
 Four things live for as long as their names say, and nothing in them is ever set
 back: the lines that are `Outgoing`, our `Place` in the room, an `Absence` from it
@@ -231,6 +232,7 @@ class Outgoing:
         self._waiting: deque[Typed] = deque()  # not sent yet
         self._sent: deque[Typed] = deque()  # without a receipt
         self._ended = False  # nobody waits any more
+        self._failed = 0  # lines that were refused or given up
 
     def add(self, item: Typed) -> None:
         """Let a line wait; the caller waits too while there are `MAX_WAITING`."""
@@ -269,6 +271,7 @@ class Outgoing:
             for item in self._waiting:
                 if item.verb == "nick":
                     self._waiting.remove(item)
+                    self._changed.notify_all()
                     return _new_name(item.text)
         return ""
 
@@ -290,6 +293,8 @@ class Outgoing:
             oldest = self._sent[0]
             if not protocol.may_answer(text, "" if oldest.echo else oldest.verb):
                 return None
+            if protocol.is_refusal(text) and oldest.verb != "quit":
+                self._failed += 1
             self._changed.notify_all()
             return self._sent.popleft()
 
@@ -312,6 +317,7 @@ class Outgoing:
         with self._changed:
             doubtful = [item for item in self._sent if item.echo]
             self._sent = deque(item for item in self._sent if not item.echo)
+            self._failed += len(doubtful)
             self._changed.notify_all()
         return doubtful
 
@@ -324,6 +330,11 @@ class Outgoing:
         """Return how many lines have no receipt."""
         with self._changed:
             return self._count()
+
+    def failed(self) -> int:
+        """Return how many lines were not broadcast, as far as we know."""
+        with self._changed:
+            return self._failed
 
     def is_quiet(self) -> bool:
         """Tell whether nothing that was sent is without its receipt."""
@@ -345,7 +356,7 @@ def _new_name(text: str) -> str:
 class Place:
     """Our place in the room; its connections come and go.
 
-    Only the thread that runs `ChatClient.receive` changes it; others read.
+    Changed by who calls `ChatClient.connect`, and then by `receive`; read by others.
     """
 
     def __init__(self, name: str) -> None:
@@ -402,7 +413,7 @@ class Place:
 class Absence:
     """The time until we are settled, by however many tries: before we came, or after a loss.
 
-    Touched only by the thread that runs `ChatClient.receive`; `next_try` is read by others.
+    Touched by who calls `ChatClient.connect`, and then by `receive`; others read `next_try`.
     """
 
     def __init__(self, since: float, *, first: bool = False) -> None:
@@ -472,26 +483,38 @@ class RollCall:
         return True
 
 
+class Door:
+    """What a connection has shown at the door of the room, and was told there.
+
+    Touched as its `Session` is.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names  # to be given, the first of them now
+        self.introduced = False  # it is given
+        self.password_given = False
+        self.reason = ""  # what the server last had to say
+
+
 class Session:
     """One connection to the server, from being dialled to being closed.
 
-    Only the thread that made it touches it, but for `shutdown`; others read `state`
-    and `progress`.  Times are `time.monotonic` seconds.
+    Touched by who calls `ChatClient.connect` and then by the thread of `receive`, but
+    for `shutdown`; others read `state` and `progress`.  Times are `time.monotonic` seconds.
     """
 
     def __init__(self, connection: Connection, waker: Waker, fmt: str, names: list[str]) -> None:
         self.state = State.AT_THE_DOOR
-        self.names = names  # to be given, the first of them now
-        self.introduced = False  # it is given
-        self.password_given = False
-        self.reason = ""  # what the server last had to say at the door
+        self.door = Door(names)
         self.roll_call: RollCall | None = None  # as soon as its first line has come
-        self.heard = time.monotonic()  # when bytes last came
-        self.progress = self.heard  # when a receipt last came, or a line was sent and none was due
-        self.silence_told = 0.0  # the `heard` of the last silence that we spoke of
+        self.heard_at = time.monotonic()  # when bytes last came
+        # When a receipt last came, or a line was sent and none was due.
+        self.progress = self.heard_at
+        self.silence_told = 0.0  # the `heard_at` of the last silence that we spoke of
         self.delay_told = 0.0  # the `progress` of the last delay that we spoke of
         self.waits_since: float | None = None  # the server said that the room is waiting
-        self.foreign: bool | None = None  # a line was of another format; False: it is told
+        self.is_foreign = False  # a line was of another format
+        self.foreign_told = False  # we spoke of that
         self._fmt = fmt
         self._connection = connection
         self._framer = Framer(protocol.MAX_SERVER_LINE)
@@ -524,13 +547,13 @@ class Session:
         if self._framer.overrun:
             raise ConnectionError("the server sends no lines")
         if data:
-            self.heard = time.monotonic()
+            self.heard_at = time.monotonic()
         return [self._line(line) for line in self._framer.feed(data or b"")]
 
     def _line(self, line: bytes) -> Heard:
-        if self.foreign is None and self._fmt == "ascii" and not line.isascii():
+        if not self.is_foreign and self._fmt == "ascii" and not line.isascii():
             with contextlib.suppress(UnicodeDecodeError):
-                self.foreign = bool(line.decode("utf-8"))
+                self.is_foreign = bool(line.decode("utf-8"))
         text = protocol.escape(line[: protocol.MAX_SERVER_LINE], self._fmt)
         return Heard(*protocol.parse(text))
 
@@ -600,8 +623,8 @@ class Entrance:
         self.turn = (self.turn + 1) % len(self.servers)
         return self.turn == 0
 
-    def has_moved(self) -> bool:
-        """Tell, once, whether the room is entered elsewhere than before."""
+    def note_move(self) -> bool:
+        """Take where we are as known; say whether it is elsewhere than before."""
         moved, self._last = self.turn != self._last, self.turn
         return moved
 
@@ -727,9 +750,9 @@ class ChatClient:
     Iterating gives each `Heard` line that is said from joining on; with `earlier` also
     those before, which say so of themselves.  Lines that were said while the connection
     was lost are given, and say so too.  `show`, when given, is called with all lines and
-    with each `Notice` instead, in the thread of `receive`.  `host` may name several
-    servers of one room, as ``a,b:1234,[::1]:1234``.  When none of them has let us back
-    in for `give_up` seconds, the conversation ends.
+    with each `Notice` instead, in the thread of `receive` and, at the end, of `leave`.
+    `host` may name several servers of one room, as ``a,b:1234,[::1]:1234``.  When none of
+    them has let us back in for `give_up` seconds, the conversation ends.
     """
 
     def __init__(
@@ -759,8 +782,8 @@ class ChatClient:
         self._leaving = threading.Event()  # we want to go, or cannot stay
         self._waker = Waker()  # of `receive`, when something waits to be sent
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
-        # From here on, what only the thread that runs `receive` changes; others read.
-        self.failed = 0  # lines that were not broadcast, as far as we know
+        # What follows is changed in the thread of `receive`, before it starts by who calls
+        # `connect`, and by who calls `leave` or `close` when it has ended; others read.
         self.reason = ""  # why the conversation ended, when nobody here wanted it to
         self._session: Session | None = None
         self._absence: Absence | None = Absence(time.monotonic(), first=True)
@@ -879,13 +902,18 @@ class ChatClient:
             session.shutdown()
             self._receiver.join(LEAVE_TIMEOUT)
         self.close()
-        self._give_up_receipts()
+        self._give_up_receipts()  # also when it still runs: nobody waits for it any more
         return [text for text in self.outgoing.unsent() if typed(text).verb != "quit"]
 
     @property
     def name(self) -> str:
         """Our name in the room."""
         return self.place.name
+
+    @property
+    def failed(self) -> int:
+        """How many lines were not broadcast, as far as we know."""
+        return self.outgoing.failed()
 
     @property
     def present(self) -> list[str]:
@@ -922,7 +950,27 @@ class ChatClient:
             self._say_goodbye()
             self._waker.close()
 
-    # What follows runs in the thread of `receive`, but for the first connect.
+    # Any thread may call these.
+
+    def _encode(self, text: str) -> bytes:
+        # With room for the longest name: it may have changed when the line goes out.
+        protocol.encode(text, self.fmt, MAX_TEXT)
+        return protocol.encode(protocol.said(self.name, text), self.fmt)
+
+    def _give_up_receipts(self) -> None:
+        """Say which lines may or may not have been seen: their receipts are not to be had."""
+        for item in self.outgoing.give_up():
+            why = "cannot know whether this was seen, /history may tell; not sent again"
+            self._show(Notice(f"{why}: {item.text}"))
+
+    def _show(self, item: Heard | Notice) -> None:
+        try:
+            self._show_to(item)
+        except OSError as error:  # of the screen, not of the connection
+            raise OutputClosed from error
+
+    # What follows runs in the thread of `receive`, but for what the first `connect` calls
+    # before it starts, and `leave` and `close` when it has ended.
 
     def _exchange(self, deadline: float | None) -> None:
         """Wait for lines, or for something to send, or for the deadline, and deal with it."""
@@ -941,8 +989,8 @@ class ChatClient:
                 self._hear_at_door(line, session)
             else:
                 self._hear(line, session)
-        if session.foreign:
-            session.foreign = False
+        if session.is_foreign and not session.foreign_told:
+            session.foreign_told = True
             self._show(Notice("the room has letters that ASCII has not; --format utf-8 shows them"))
 
     def _next_look(self) -> float | None:
@@ -956,7 +1004,7 @@ class ChatClient:
         """Say so when it is silent though something is due, and turn from one that has us wait."""
         session, now = self._session, time.monotonic()
         assert session is not None
-        silent = now - max(session.heard, session.progress)
+        silent = now - max(session.heard_at, session.progress)
         if self._absence and silent > CATCH_UP_TIMEOUT:
             raise TimeoutError("the server let us in and tells us nothing")
         self._tell_of_delay(session, silent, now - session.progress)
@@ -975,9 +1023,9 @@ class ChatClient:
         if (
             (waiting or self._absence)
             and silent > PATIENCE
-            and session.silence_told != session.heard
+            and session.silence_told != session.heard_at
         ):
-            session.silence_told, session.delay_told = session.heard, session.progress
+            session.silence_told, session.delay_told = session.heard_at, session.progress
             kept = f"; {told}" if waiting else ""
             self._show(Notice(f"no answer from the server for {silent:.0f} s{kept}"))
         elif (
@@ -993,7 +1041,7 @@ class ChatClient:
         """Enter at the next server, and let go of the old one when we are in."""
         absence, turn = self._absence, self.entrance.turn
         self._session = None
-        self._absence = absence if absence and not absence.entered else Absence(old.heard)
+        self._absence = absence if absence and not absence.entered else Absence(old.heard_at)
         try:
             while True:
                 self.entrance.turn_to_next()
@@ -1008,14 +1056,9 @@ class ChatClient:
             raise
         old.close()
 
-    def _encode(self, text: str) -> bytes:
-        # With room for the longest name: it may have changed when the line goes out.
-        protocol.encode(text, self.fmt, MAX_TEXT)
-        return protocol.encode(protocol.said(self.name, text), self.fmt)
-
     def _say_goodbye(self) -> None:
         """End the connection; our place is given up at once, also when we are not quite in."""
-        if self._session is not None and self._session.introduced:
+        if self._session is not None and self._session.door.introduced:
             self._session.say_goodbye()
         self._disconnect()
 
@@ -1026,7 +1069,7 @@ class ChatClient:
         session.close()
         had_come = self._absence is None or self._absence.entered
         if had_come and session.state is not State.AT_THE_DOOR:
-            self._absence = Absence(session.heard)
+            self._absence = Absence(session.heard_at)
 
     def _come_back(self) -> None:
         """Try until we are in the room again, or leave."""
@@ -1081,35 +1124,35 @@ class ChatClient:
             raise Refused("what answers there is not this chat; check --host and --port")
         elif protocol.is_welcome(str(line)):
             session.state = State.CATCHING_UP
-            self.place.name = session.names[0]
+            self.place.name = session.door.names[0]
             # Its answer comes behind the replay: only then do we know what was heard.
             session.say(protocol.encode("/names"))
             if self._absence is None or self._absence.first:
                 self._show(line)
-            if self.entrance.has_moved():
+            if self.entrance.note_move():
                 self._show(Notice(f"now at {self.entrance}"))
         else:
             _raise_if_final(line)
-            session.reason = line.text
+            session.door.reason = line.text
 
     def _introduce(self, session: Session) -> None:
         """Give our name; when it was refused, in a simpler way, or else the next one."""
-        if session.introduced:
-            if self.place.counts and protocol.HOW_TO_ANSWER in session.reason:
+        if session.door.introduced:
+            if self.place.counts and protocol.HOW_TO_ANSWER in session.door.reason:
                 self.place.counts = False  # an old server
-            elif len(session.names) > 1:
-                session.names.pop(0)
+            elif len(session.door.names) > 1:
+                session.door.names.pop(0)
             else:
-                raise NameRefused(session.reason)
-        session.introduced = True
-        session.say(protocol.encode(str(self.place.introduction(session.names[0]))))
+                raise NameRefused(session.door.reason)
+        session.door.introduced = True
+        session.say(protocol.encode(str(self.place.introduction(session.door.names[0]))))
 
     def _give_password(self, session: Session) -> None:
         if self.entrance.password is None:
             raise PasswordRefused("the room has a password; see --password-file")
-        if session.password_given:
-            raise PasswordRefused(session.reason)
-        session.password_given = True
+        if session.door.password_given:
+            raise PasswordRefused(session.door.reason)
+        session.door.password_given = True
         session.say(protocol.password_bytes(self.entrance.password) + b"\n")
 
     def _hear(self, line: Heard, session: Session) -> None:
@@ -1182,7 +1225,6 @@ class ChatClient:
         if item.verb == "quit":
             self._leaving.set()
         elif protocol.is_refusal(text):
-            self.failed += 1
             unsent = item.text if discreet(item.text) == item.text else ""
             self._show(Notice("the last line was not sent", unsent))
 
@@ -1229,13 +1271,6 @@ class ChatClient:
         if absence.overflowed or any(line.in_room for line in lines):
             self._show(BEFORE if absence.first else WHILE_AWAY)
 
-    def _give_up_receipts(self) -> None:
-        """Say which lines may or may not have been seen: their receipts are not to be had."""
-        for item in self.outgoing.give_up():
-            self.failed += 1
-            why = "cannot know whether this was seen, /history may tell; not sent again"
-            self._show(Notice(f"{why}: {item.text}"))
-
     # What is shown.
 
     def _enter(self, absence: Absence) -> bool:
@@ -1269,12 +1304,6 @@ class ChatClient:
             oldest = Earlier(*absence.lines.popleft())
             if self._wants_earlier or not absence.first:
                 self._show(oldest)
-
-    def _show(self, item: Heard | Notice) -> None:
-        try:
-            self._show_to(item)
-        except OSError as error:  # of the screen, not of the connection
-            raise OutputClosed from error
 
 
 def _raise_if_final(line: Line) -> None:
@@ -1574,7 +1603,8 @@ class Screen(abc.ABC):
         self.look = look
         self.chat: ChatClient | None = None  # as soon as there is one
         self.leaving = threading.Event()  # a signal, or the end of the conversation, said so
-        self.heard = threading.Event()  # set when the main thread has run what a signal asks for
+        # Set when the main thread has run what a signal asks for.
+        self.signals_run = threading.Event()
 
     @abc.abstractmethod
     def read(self) -> str:
@@ -1601,7 +1631,7 @@ class Screen(abc.ABC):
 
     def on_knock(self, number: int, frame: FrameType | None) -> None:
         """Look up; the handlers of all signals that came before run together with this one."""
-        self.heard.set()
+        self.signals_run.set()
 
     def hush(self, *, quiet: bool = True) -> None:  # noqa: B027 - a pipe shows nothing typed
         """Have nothing that is typed appear, or have it appear again."""
@@ -1735,8 +1765,11 @@ class Terminal(Screen):
         if self._settings is not None and in_foreground():
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._settings)
 
-    def means_to_leave(self) -> bool:
-        """Tell whether Ctrl-C on an empty prompt leaves: while all is well only the second does."""
+    def note_interrupt(self) -> bool:
+        """Take note of a Ctrl-C on an empty prompt; say whether it leaves.
+
+        While all is well, only a second one soon after does.
+        """
         is_second = time.monotonic() - self._interrupted < INTERRUPT_AGAIN
         self._interrupted = time.monotonic()
         return is_second or self.chat is None or not self.chat.settled
@@ -1814,6 +1847,15 @@ class DumbTerminal(Terminal):
         self._write(self._render(item) + "\n")
 
 
+class _Input:
+    """A line, or an answer, from before it is asked for to after it is off the screen."""
+
+    def __init__(self, question: str = "") -> None:
+        self.question = question  # what comes must wait until it is answered; empty for a line
+        self.drawn = False  # readline has drawn the prompt
+        self.cleared = False  # Ctrl-C did not mean to leave
+
+
 class ReadlineTerminal(Terminal):
     """A terminal with the standard library alone: `input`, with GNU readline where there is one.
 
@@ -1821,20 +1863,20 @@ class ReadlineTerminal(Terminal):
     line by the main thread, in a signal handler: readline's own functions take
     the line off the screen and put it back, cursor and all.  Without them (libedit,
     Windows) it is printed by the thread that brings it, and the line written again.
-    All below belongs to the main thread but for `_waiting` and `_shown`.
+    All below is set by the main thread, but for `_waiting`, `_shown` and, by who has
+    `_printing`, `_showing`; who shows reads it.
     """
 
     def __init__(self, look: Look) -> None:
         super().__init__(look)
         self._readline = _import_readline()
         self._library = _readline_library(self._readline)
-        self._waiting: deque[str] = deque()  # rendered, not yet on the screen
+        self._waiting: deque[str] = deque()  # rendered, not yet on the screen; any thread adds
         self._shown = threading.Event()  # set when they are
-        self._reading = False  # from before `input` to after its line is off the screen
-        self._prompted = False  # readline has drawn the prompt
-        self._showing = False
-        self._question: str | None = None  # what comes must wait until it is answered
-        self._cleared = False  # Ctrl-C did not mean to leave
+        # Without readline's functions, lets one thread at a time print and take from `_waiting`.
+        self._printing = threading.RLock()
+        self._showing = False  # a signal's handler leaves it to what it interrupts
+        self._input: _Input | None = None  # what is asked for now
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._hear_signals()
 
@@ -1843,7 +1885,7 @@ class ReadlineTerminal(Terminal):
         while True:
             self._take_terminal()
             self.hush(quiet=False)
-            self._reading = True
+            asked = self._input = _Input()
             try:
                 self._begin()
                 text = input(self._prompt())
@@ -1857,14 +1899,14 @@ class ReadlineTerminal(Terminal):
                     self._write("\n")
                 raise
             except KeyboardInterrupt:
-                if not self._cleared:
+                if not asked.cleared:
                     raise
             except EOFError:
                 # GNU readline has gone to the next row; others stay behind the prompt.
                 self._write("\x1b[A\r\x1b[J" if self._library else "\r\x1b[K")
                 raise
             finally:
-                self._reading = self._prompted = self._cleared = False
+                self._input = None
                 self.hush()  # what is typed now is shown with the next prompt
                 self._hear_signals()
                 self._show_waiting()
@@ -1878,7 +1920,7 @@ class ReadlineTerminal(Terminal):
     def ask(self, question: str, *, secret: bool = False) -> str:
         """Ask on a line of its own, and keep the answer out of the recall."""
         self._take_terminal()
-        self._question = question
+        self._input = _Input(question)
         try:
             if secret:
                 return self._ask_secretly(question)
@@ -1892,20 +1934,21 @@ class ReadlineTerminal(Terminal):
                 self._forget_last()
             return answer
         finally:
-            self._question, self._prompted = None, False
+            self._input = None
             self._show_waiting()
 
     def show(self, item: Line | Notice) -> None:
         """Print an item above the half-typed line."""
         self._waiting.append(self._render(item))
-        if not self._library:
-            self._show_plainly()
-        elif threading.current_thread() is threading.main_thread():
+        if not self._library or threading.current_thread() is threading.main_thread():
             self._show_waiting()
-        while self._waiting and not (self._question and len(self._waiting) < MAX_HELD):
+        while self._waiting and not (self._question() and len(self._waiting) < MAX_HELD):
             self._shown.clear()
-            # Again and again: a signal that comes just before readline waits is lost on it.
-            signal.pthread_kill(threading.main_thread().ident or 0, KNOCK)
+            if self._library:
+                # Again and again: a signal that comes just before readline waits is lost on it.
+                signal.pthread_kill(threading.main_thread().ident or 0, KNOCK)
+            else:  # Ctrl-C kept the main thread from it
+                self._show_plainly()
             self._shown.wait(0.05)
 
     def hush(self, *, quiet: bool = True) -> None:
@@ -1939,7 +1982,7 @@ class ReadlineTerminal(Terminal):
     def _ignore_signals(self) -> None:
         # When a handler has raised, `input` runs those of other signals with the
         # exception still set, and whatever they do fails.
-        if self._library and self._reading:
+        if self._library and self._input and not self._input.question:
             # Python would complain of one that has come already, and is ignored only now.
             sys.unraisablehook = lambda _: None
             for number in (KNOCK, signal.SIGTSTP, signal.SIGCONT):
@@ -1962,7 +2005,12 @@ class ReadlineTerminal(Terminal):
             self._readline.parse_and_bind("set enable-bracketed-paste off")
 
     def _prompt(self) -> str:
-        return self._question or super()._prompt()
+        return self._question() or super()._prompt()
+
+    def _question(self) -> str:
+        """Return what is asked and must be answered before anything is shown, or nothing."""
+        asked = self._input
+        return asked.question if asked else ""
 
     def _on_start(self) -> None:
         if self._library:
@@ -1970,11 +2018,13 @@ class ReadlineTerminal(Terminal):
         self._readline.insert_text(self._take_back())
 
     def _on_prompt(self) -> None:
-        self._prompted = True
+        if self._input:
+            self._input.drawn = True
 
     def _is_active(self) -> bool:
         """Tell whether readline waits for a key, with prompt and line on the screen."""
-        return self._prompted and self._library is not None and self._library.is_reading()
+        is_drawn = self._input is not None and self._input.drawn
+        return is_drawn and self._library is not None and self._library.is_reading()
 
     def _complete(self, word: str, state: int) -> str | None:
         assert self._readline is not None
@@ -1992,8 +2042,11 @@ class ReadlineTerminal(Terminal):
 
     def _show_waiting(self) -> None:
         """Print what waits; in the main thread, where readline runs too."""
+        if not self._library:
+            self._show_plainly()
+            return
         library = self._library if self._is_active() else None
-        if self._question or self._showing or (self._reading and not library):
+        if self._question() or self._showing or (self._input and not library):
             return  # it is being done, or cannot be done now
         self._showing = True
         try:
@@ -2011,10 +2064,24 @@ class ReadlineTerminal(Terminal):
             self._shown.set()
 
     def _show_plainly(self) -> None:
-        line = self._prompt() + (self._readline.get_line_buffer() if self._readline else "")
-        while self._waiting and not self._question:
-            text = self._waiting.popleft() + "\n"
-            self._write(f"\r\x1b[K{text}{line}" if self._reading else text)
+        """Print what waits without readline's functions; in any thread."""
+        with self._printing:
+            if self._showing:
+                return  # by what the signal interrupted
+            self._showing = True
+            try:
+                while self._waiting and not self._question():
+                    self._write(self._above_line(self._waiting[0] + "\n"))
+                    self._waiting.popleft()
+            finally:  # Ctrl-C can come in between
+                self._showing = False
+
+    def _above_line(self, text: str) -> str:
+        """Return what puts a text above the line that is typed, if one is."""
+        if not self._input:
+            return text
+        line = self._readline.get_line_buffer() if self._readline else ""
+        return f"\r\x1b[K{text}{self._prompt()}{line}"
 
     def _erase(self, typed: str) -> None:
         """Take a line off the screen that was just entered, if it is sure how many rows it has."""
@@ -2024,19 +2091,21 @@ class ReadlineTerminal(Terminal):
 
     def on_knock(self, number: int, frame: FrameType | None) -> None:
         """Show what waits."""
-        self.heard.set()
+        self.signals_run.set()
         if self.can_leave(frame):  # else readline is busy; it will be signalled again
             self._show_waiting()
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if not self.can_leave(frame):
             return _signal_again(number)
-        self._cleared = False
-        if self._reading and self._library and self._is_active():
+        asked = self._input
+        if asked:
+            asked.cleared = False
+        if asked and not asked.question and self._library and self._is_active():
             line = self._readline.get_line_buffer()
-            self._cleared = bool(line) or not self.means_to_leave()
+            asked.cleared = bool(line) or not self.note_interrupt()
             self._library.hide()
-            if self._cleared and not line:
+            if asked.cleared and not line:
                 self._waiting.append(self._render(Notice(HOW_TO_LEAVE)))
         self._ignore_signals()
         raise KeyboardInterrupt
@@ -2058,7 +2127,7 @@ class ReadlineTerminal(Terminal):
         """Take the terminal again, once we have it."""
         self._showing = True
         self.hush()
-        if self._library and self._prompted and in_foreground():
+        if self._library and self._input and self._input.drawn and in_foreground():
             self._library.give_terminal_back()
             self.hush()
             self._library.take_terminal()
@@ -2369,7 +2438,7 @@ class ToolkitTerminal(Terminal):
         """Clear what is typed, or leave, as Ctrl-C means."""
         if app.current_buffer.text:
             app.current_buffer.reset()
-        elif self.means_to_leave():
+        elif self.note_interrupt():
             app.exit(exception=KeyboardInterrupt)
         else:
             with self._printed:
@@ -2598,7 +2667,10 @@ def _is_news(item: Heard | Notice, me: str) -> bool:
 
 
 def write(chat: ChatClient, screen: Screen, view: View) -> int:
-    """Send what is typed until there is no more; return how many lines were refused."""
+    """Send what is typed until there is no more; return how many lines were refused.
+
+    The classic's name for it: what is written to the room is what is read here.
+    """
     refused, doubted = 0, ""
     while True:
         try:
@@ -2770,6 +2842,11 @@ def _converse(screen: Screen, options: argparse.Namespace) -> int:
         with contextlib.suppress(OutputClosed):
             chat.leave()
         raise
+    return _take_leave(chat, screen, refused)
+
+
+def _take_leave(chat: ChatClient, screen: Screen, refused: int) -> int:
+    """Leave, tell what was not sent, and return the exit status."""
     try:
         unsent = chat.leave()
     except KeyboardInterrupt:  # once more: without a goodbye
@@ -2828,22 +2905,32 @@ def _join(chat: ChatClient, screen: Screen) -> None:
 
 def _screen(options: argparse.Namespace) -> Screen:
     """Return the best screen for where standard input and output lead."""
-    look = Look(timestamps=options.timestamps)
-    if not _has_terminal():
+    if not _is_interactive():
+        look = Look(timestamps=options.timestamps)
         return Pipe(look, options.format, verbatim=options.verbatim)
-    look.bell = not options.no_bell
-    term = os.environ.get("TERM", "")
-    if term in ("", "dumb") and os.name != "nt":
+    is_dumb = os.environ.get("TERM", "") in ("", "dumb") and os.name != "nt"
+    look = Look(
+        colors=0 if is_dumb or options.no_color else _colors(),
+        timestamps=options.timestamps,
+        bell=not options.no_bell,
+    )
+    if is_dumb:
         return DumbTerminal(look)
-    if not (options.no_color or os.environ.get("NO_COLOR")):
-        look.colors = 256 if "256color" in term or "COLORTERM" in os.environ else 16
     _widen_locale()
     with contextlib.suppress(ImportError):
         return ToolkitTerminal(look, has_status=not options.no_status)
     return ReadlineTerminal(look)
 
 
-def _has_terminal() -> bool:
+def _colors() -> int:
+    """Return how many colours the terminal has, as far as the environment tells."""
+    if os.environ.get("NO_COLOR"):
+        return 0
+    has_many = "256color" in os.environ.get("TERM", "") or "COLORTERM" in os.environ
+    return 256 if has_many else 16
+
+
+def _is_interactive() -> bool:
     """Tell whether somebody types and reads here, and no program does."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
@@ -2935,8 +3022,8 @@ def _have_signals_heard(screen: Screen) -> None:
 
     def knock() -> None:
         while written and (numbers := signals.recv(64)):  # they come however busy Python is
-            screen.heard.clear()
-            while set(numbers) != {KNOCK} and not screen.heard.wait(0.05):
+            screen.signals_run.clear()
+            while set(numbers) != {KNOCK} and not screen.signals_run.wait(0.05):
                 signal.pthread_kill(main, KNOCK)
 
     threading.Thread(target=knock, name="knock", daemon=True).start()
@@ -3044,7 +3131,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         return options
     given = _settings(file, must_be=options.settings is not None)
     found = {name: _option(file, name, value) for name, value in given.items()}
-    if options.settings is None and not _has_terminal():
+    if options.settings is None and not _is_interactive():
         for name in CHANGE_LINES:
             found.pop(name, None)
     return parser.parse_args([*filter(None, found.values()), *arguments])

@@ -120,7 +120,7 @@ class Telnet:
     has its line refused.
     """
 
-    IAC, DONT, DO, WONT, WILL, SB, SE = 0xFF, 0xFE, 0xFD, 0xFC, 0xFB, 0xFA, 0xF0
+    IAC, DONT, WONT, SB = 0xFF, 0xFE, 0xFC, 0xFA
     _COMMAND = re.compile(
         rb"\xff(?:[\xf1-\xf9]|\xf0|([\xfb-\xfe])(.)"
         rb"|\xfa(?:[^\xff]|\xff[^\xf0]){0,%d}?\xff\xf0)" % MAX_SUBNEGOTIATION,
@@ -372,8 +372,8 @@ def without_name(line: bytes, prefix: bytes) -> bytes:
     return line[len(prefix) :] if begin in (name, name.rstrip()) else line
 
 
-def readable(line: bytes, prefix: bytes, fmt: str = FORMAT) -> bytes:
-    """Return a client's line without its name as it may be said; raise `Refusal`."""
+def check_line(line: bytes, prefix: bytes, fmt: str = FORMAT) -> bytes:
+    """Return a client's line without its name if it may be said, else raise `Refusal`."""
     text = decode(line, fmt)
     rest = without_name(text.encode(fmt), prefix)
     if rest.strip():
@@ -462,7 +462,7 @@ class Kind(enum.Enum):
     UNKNOWN = "unknown"  # not of this wire
 
 
-#: The lines of the wire, the most frequent first.
+#: The lines of the wire, the most frequent first, and last what every line fits.
 SHAPES = {
     Kind.SAID: Shape("{name}: {text}"),
     Kind.DID: Shape("** {name} {text}"),
@@ -499,11 +499,9 @@ class Line(NamedTuple):
 
 def parse(line: str) -> Line:
     """Tell what a line from the server is; the inverse of ``str(line)``."""
-    for kind, shape in SHAPES.items():
-        if match := shape.read(line):
-            parts = match.groupdict("")
-            return Line(kind, parts.get("name", ""), parts.get("text", ""))
-    return Line(Kind.UNKNOWN, "", line)
+    read = ((kind, shape.read(line)) for kind, shape in SHAPES.items())
+    kind, parts = next((kind, match.groupdict("")) for kind, match in read if match)
+    return Line(kind, parts.get("name", ""), parts.get("text", ""))
 
 
 def parts(line: str) -> tuple[str, str, str]:
@@ -534,9 +532,12 @@ def private(name: str, text: str) -> str:
     return SHAPES[Kind.PRIVATE].build(name=name, text=text)
 
 
+_PRIVATE_BEGINS = private("", "").partition("]")[0].encode("ascii")
+
+
 def is_private(line: bytes) -> bool:
     """Tell whether a line that the server sends is a private one."""
-    return line.startswith(b"[from ")
+    return line.startswith(_PRIVATE_BEGINS)
 
 
 def answer(text: str) -> str:
@@ -852,7 +853,6 @@ NO_OPERATORS = answer("this room has no operators")
 NO_MORE_OP_TRIES = answer("that was the third wrong password; there are no more tries here")
 OPERATOR = answer("you are an operator; /kick, /ban, /unban and /bans are yours")
 NOBODY_BANNED = answer("nobody is banned")
-OPERATOR_NO_MORE = answer("you are no operator any more; /op PASSWORD makes you one")
 BYE = answer("bye")
 WAITING = answer("the room is waiting; what you say is kept")
 WAITING_AT_THE_DOOR = answer("the room is waiting; try again later")
@@ -1102,20 +1102,21 @@ class TlsConnection(Connection):
         """Agree on keys; raise `ssl.SSLError`, or `TimeoutError` at the deadline."""
         writable = False
         while True:
-            try:
-                with self._lock:
+            with self._lock:
+                try:
                     return self._tls.do_handshake()
-            except ssl.SSLWantReadError:
-                writable = False
-            except ssl.SSLWantWriteError:
-                writable = True
-            except OSError:  # it speaks no TLS, or nothing in time
-                self._outside = True
-                raise
+                except ssl.SSLWantReadError:
+                    writable = False
+                except ssl.SSLWantWriteError:
+                    writable = True
+                except OSError:  # it speaks no TLS, or its connection broke
+                    self._outside = True
+                    raise
             try:
                 _wait(self._sock, deadline, writable=writable)
             except TimeoutError:
-                self._outside = True
+                with self._lock:
+                    self._outside = True
                 raise
 
     def receive_now(self) -> bytes | None:
@@ -1185,7 +1186,11 @@ def _wait(sock: socket.socket, deadline: float | None, *, writable: bool = False
 
 
 class Waker:
-    """Wakes a thread that waits in a selector."""
+    """Wakes a thread that waits in a selector.
+
+    `wake` is for any thread; `clear` and `close` are for the one that waits, or for its
+    owner when nobody waits.
+    """
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -1245,12 +1250,19 @@ def keep_alive(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
+def _tcp_info(sock: socket.socket) -> tuple[int, ...]:
+    """Return what Linux tells of a connection, as `TCP_INFO` has it; raise `OSError`."""
+    assert sys.platform == "linux"
+    told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
+    # A kernel before 5.4 does not tell the window, which then counts as closed.
+    return TCP_INFO.unpack(told.ljust(TCP_INFO.size, b"\0"))
+
+
 def _unacknowledged(sock: socket.socket) -> bool:
     """Tell whether bytes are under way that the peer's system has not confirmed."""
     if sys.platform != "linux":
         return False
-    told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
-    unacknowledged, _, unsent, _ = TCP_INFO.unpack(told.ljust(TCP_INFO.size, b"\0"))
+    unacknowledged, _, unsent, _ = _tcp_info(sock)
     return bool(unacknowledged or unsent)
 
 
@@ -1258,9 +1270,7 @@ def _has_lost_its_peer(sock: socket.socket) -> bool:
     """Tell whether bytes wait for a peer that has been silent too long; raise `OSError`."""
     if sys.platform != "linux":  # FreeBSD's TCP_INFO is laid out in another way
         return False
-    told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
-    # A kernel before 5.4 does not tell the window, which then counts as closed.
-    unacknowledged, silence, unsent, window = TCP_INFO.unpack(told.ljust(TCP_INFO.size, b"\0"))
+    unacknowledged, silence, unsent, window = _tcp_info(sock)
     if not unacknowledged and not unsent:
         return False
     seconds = UNACKNOWLEDGED if unacknowledged and window else UNACKNOWLEDGED_CLOSED

@@ -582,7 +582,7 @@ class Client:
         said: list[bytes] = []
         for line in lines:
             try:
-                text = protocol.readable(line, self._prefix, self.server.history.fmt)
+                text = protocol.check_line(line, self._prefix, self.server.history.fmt)
             except Refusal as refusal:
                 said = self._say(said)
                 self.answer(protocol.not_sent(refusal))

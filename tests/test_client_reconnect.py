@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from chat import Peer, no_leaks, room_lines, run_chat, wait_until
+from chat import DEADLINE, Peer, no_leaks, room_lines, run_chat, wait_until
 from clients import Shown, chatting, enter, flush, pretended, read_line, read_to_end
 from proxy import CHUNK, CLOSE, DOWN, GHOST, RESET, STALL, UP, Direction, Fault, How, Proxy
 
@@ -224,7 +225,7 @@ def test_absence_begins_with_the_last_that_was_heard() -> None:
         bob.send("unheard")
         bob.expect("bob: unheard")
         assert chat._session
-        chat._session.heard -= 151
+        chat._session.heard_at -= 151
         proxy.end(GHOST)
         shown.wait_for("bob: unheard")
         assert re.fullmatch(r"back after 1[5-9]\d s, 1 line missed", shown.notices[-1])
@@ -434,6 +435,21 @@ def test_another_name_to_come_back_with(monkeypatch: pytest.MonkeyPatch) -> None
         flush(chat)
         bob.expect("* alice joined the chat", "* rob joined the chat", "rob: after")
         assert chat.name == "rob"
+
+
+def test_name_taken_from_a_line_that_waits_is_waited_for_no_more() -> None:
+    """Who waits for all receipts goes on when a waiting `/nick` has given its name and is done."""
+    outgoing = client.Outgoing()
+    outgoing.add(client.typed("/nick rob"))
+    flushing = threading.Thread(target=outgoing.wait_for_receipts)
+    flushing.start()
+    try:
+        wait_until(lambda: vars(outgoing._changed)["_waiters"], "somebody waits")
+        assert outgoing.take_new_name() == "rob"
+        flushing.join(DEADLINE)
+        assert not flushing.is_alive()
+    finally:
+        outgoing.end()
 
 
 def test_long_answer_is_the_answer_to_one_command() -> None:

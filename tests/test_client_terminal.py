@@ -19,6 +19,8 @@ from proxy import GHOST, Proxy
 from screens import CTRL_C, CTRL_D, KINDS, LEFT, UP, Open, assert_sane, enter, opener, prompts
 from terminal import Screen, Terminal
 
+import client
+from protocol import Kind, Line
 from server import ChatServer
 
 
@@ -572,6 +574,81 @@ def test_suspended_terminal_goes_on(terminal: Terminal, bob: Peer) -> None:
     terminal.signal(signal.SIGCONT)
     terminal.wait_for("bob: are you there?")
     terminal.wait_for(prompts("half"))
+
+
+class PlainTerminal(client.ReadlineTerminal):
+    """A terminal without readline, as on Windows, that keeps what would stand on its screen."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(client, "_import_readline", lambda: None)
+        super().__init__(client.Look())
+        self.written: list[str] = []
+        self.meanwhile: Callable[[], object] = lambda: None  # done once, while a line is written
+
+    def _take_terminal(self) -> None:
+        pass
+
+    def _render(self, item: Line | client.Notice) -> str:
+        return str(item)
+
+    def _write(self, text: str) -> None:
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
+        self.written.append(text)
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainTerminal]:
+    """A terminal without readline."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield PlainTerminal(monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def show(screen: client.Screen, text: str, seconds: float = DEADLINE) -> threading.Thread:
+    """Show a line of bob's from another thread, which may take longer than so many seconds."""
+    item = Line(Kind.SAID, "bob", text)
+    thread = threading.Thread(target=screen.show, args=[item])
+    thread.start()
+    thread.join(seconds)
+    return thread
+
+
+def test_line_that_comes_while_another_is_shown_without_readline(
+    plain: PlainTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waited for an answer and what comes just then is shown, each once and in order."""
+    threads = []
+
+    def answer(question: str) -> str:
+        show(plain, "first")
+        assert plain.written == []
+        plain.meanwhile = lambda: threads.append(show(plain, "second", 0.2))
+        return "yes"
+
+    monkeypatch.setattr("builtins.input", answer)
+    assert plain.ask("Sure? ") == "yes"
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert plain.written == ["bob: first\n", "bob: second\n"]
+
+
+def test_prompt_stands_below_what_comes_without_readline(
+    plain: PlainTerminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a line is typed its prompt is written again, and only then."""
+
+    def type_line(prompt: str) -> str:
+        show(plain, "while typing")
+        return "hello"
+
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr(plain, "_erase", lambda typed: None)
+    assert plain.read() == "hello"
+    show(plain, "afterwards")
+    assert plain.written == ["\r\x1b[Kbob: while typing\n> ", "bob: afterwards\n"]
 
 
 # --- How it looks --------------------------------------------------------------

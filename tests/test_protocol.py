@@ -479,7 +479,7 @@ def test_lines_as_the_room_says_them_are_recognised(number: int) -> None:
 @pytest.mark.parametrize("fmt", protocol.FORMATS)
 def test_a_line_recognised_so_is_what_a_closer_look_makes_of_it(line: bytes, fmt: str) -> None:
     """Taking such a line as it is and taking it apart come to the same."""
-    text = protocol.readable(line, b"alice: ", fmt)
+    text = protocol.check_line(line, b"alice: ", fmt)
     assert not protocol.is_command(text)
     assert b"alice: " + protocol.unslash(text) == line
 
@@ -686,7 +686,7 @@ def test_what_looks_empty_is_refused(text: str) -> None:
     """A line of fillers, odd blanks and marks alone cannot be said."""
     assert protocol.is_blank(text)
     with pytest.raises(Refusal, match="look empty"):
-        protocol.readable(text.encode(), b"alice: ", "utf-8")
+        protocol.check_line(text.encode(), b"alice: ", "utf-8")
 
 
 @pytest.mark.parametrize(
@@ -701,25 +701,25 @@ def test_what_looks_empty_is_refused(text: str) -> None:
 )
 def test_marks_on_letters_are_said(text: str) -> None:
     """What people write in any script passes."""
-    assert protocol.readable(text.encode(), b"alice: ", "utf-8") == text.encode()
+    assert protocol.check_line(text.encode(), b"alice: ", "utf-8") == text.encode()
 
 
 def test_a_pile_of_marks_is_refused() -> None:
     """Marks that would cover the lines around are not passed on."""
     with pytest.raises(Refusal, match="marks"):
-        protocol.readable(("e" + "\u0301" * 7).encode(), b"alice: ", "utf-8")
+        protocol.check_line(("e" + "\u0301" * 7).encode(), b"alice: ", "utf-8")
 
 
 @pytest.mark.parametrize("line", [b" /op secret", b"alice:  /msg bob psst", b"\t/OP secret"])
 def test_a_blank_before_a_command_is_a_slip(line: bytes) -> None:
     """What would have been said to everyone is held back, with the remedy."""
     with pytest.raises(Refusal, match="begin the line with the slash, or with // to say it"):
-        protocol.readable(line, b"alice: ")
+        protocol.check_line(line, b"alice: ")
 
 
 def test_a_blank_before_another_slash_is_text() -> None:
     """A path is no slip."""
-    assert protocol.readable(b" /bin/sh: not found", b"alice: ") == b" /bin/sh: not found"
+    assert protocol.check_line(b" /bin/sh: not found", b"alice: ") == b" /bin/sh: not found"
 
 
 @pytest.mark.parametrize(
