@@ -1099,35 +1099,16 @@ class Handed(NamedTuple):
         return len(self.entry.lines) if type(self.entry) is Said else 1
 
 
-class EntryLog:
-    """Entries in the order in which they were handed in; any thread, under its lock."""
+class Stamps:
+    """What entries are stamped with: a time that never goes back, and numbers of connections."""
 
-    def __init__(self, waker: Waker) -> None:
-        self._waker = waker
-        self._handed: list[Handed] = []  # not taken by a round yet
-        self._lines = 0  # in those
-        self._lines_taken = 0  # in entries whose round has not ended
-        self._taken = 0  # entries that rounds have taken
-        self._count = 0  # entries ever handed in
-        self._applied = 0  # entries whose round has ended
-        self._crowd: list[Gate] = []  # whose threads wait for space
-        self._closed = False  # nothing is handed in any more
+    def __init__(self) -> None:
         self._ahead = -math.inf  # of the monotonic clock, the time: as far as it ever was
         self._sessions = itertools.count(1)
-        # Guards all changes of the above but of the waker and the sessions.
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        """Return how many entries wait for a round."""
-        return len(self._handed)
-
-    @property
-    def lines(self) -> int:
-        """How many lines stand in entries whose round has not ended."""
-        return self._lines + self._lines_taken
+        self._lock = threading.Lock()  # guards `_ahead`
 
     def now(self) -> float:
-        """Return the time for an entry, in seconds since the epoch: it never goes back.
+        """Return the time, in seconds since the epoch.
 
         A clock that is set back would have what is kept for seconds kept for hours.
         """
@@ -1136,62 +1117,90 @@ class EntryLog:
             self._ahead = max(self._ahead, wall - time.monotonic())
             return time.monotonic() + self._ahead
 
-    def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
-        """Append an entry; raise `Gone` when nothing counts any more.
-
-        Return its number, or that of one behind it.  With the gate of its author, wait
-        first while too much waits here or there.
-        """
-        while not self._append(handed, gate):
-            assert gate is not None
-            gate.wait()
-        self._waker.wake()
-        return self._count
-
-    def _append(self, handed: Handed, gate: Gate | None) -> bool:
-        """Append an entry if there is space; else have the gate rung when there is."""
-        if gate is not None and not gate.is_open():
-            return False
-        with self._lock:
-            if self._closed:
-                raise Gone
-            if gate is not None and self.lines >= MAX_QUEUED:
-                self._crowd.append(gate)
-                return False
-            self._handed.append(handed)
-            self._lines += handed.lines
-            self._count += 1
-            return True
-
-    def is_applied(self, number: int) -> bool:
-        """Tell whether the round of an entry has ended."""
-        return number <= self._applied
-
-    def take(self) -> list[Handed]:
-        """Return what was handed in since the last round; the broadcaster's."""
-        with self._lock:
-            handed, self._handed = self._handed, []
-            self._taken = self._count
-            self._lines_taken += self._lines
-            self._lines = 0
-        return handed
-
-    def end_round(self) -> None:
-        """Count what was taken as done, and let those go on who wait for space."""
-        with self._lock:
-            self._applied = self._taken
-            self._lines_taken = 0
-            crowd, self._crowd = self._crowd, []
-        for gate in crowd:
-            gate.ring()
-
     def new_session(self) -> int:
         """Return the number of a connection that is new."""
         return next(self._sessions)
 
+
+class EntryLog:
+    """Entries in the order in which they were handed in; any thread, under its lock."""
+
+    def __init__(self, waker: Waker) -> None:
+        self._waker = waker
+        self._stamps = Stamps()
+        self._lock = threading.Lock()  # guards what follows, and what heirs say
+        self._handed: list[Handed] = []  # not taken by a round yet
+        self._lines = 0  # in entries whose round has not ended
+        self._crowd: list[Gate] = []  # whose threads wait for space
+        self._closed = False  # nothing is handed in any more
+
+    def __len__(self) -> int:
+        """Return how many entries wait to be applied."""
+        return len(self._handed)
+
+    @property
+    def lines(self) -> int:
+        """How many lines stand in entries whose round has not ended."""
+        return self._lines
+
+    def now(self) -> float:
+        """Return the time for an entry, in seconds since the epoch: it never goes back."""
+        return self._stamps.now()
+
+    def new_session(self) -> int:
+        """Return the number of a connection that is new."""
+        return self._stamps.new_session()
+
+    def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
+        """Append an entry and return its number; raise `Gone` when nothing counts any more.
+
+        With the gate of its author, wait first while too much waits here or there.
+        """
+        while (number := self._append(handed, gate)) is None:
+            assert gate is not None
+            gate.wait()
+        self._waker.wake()
+        return number
+
+    def _append(self, handed: Handed, gate: Gate | None) -> int | None:
+        """Append an entry and return its number; without space, have the gate rung later."""
+        if gate is not None and not gate.is_open():
+            return None
+        with self._lock:
+            if self._closed:
+                raise Gone
+            if gate is not None and self._is_crowded(handed.entry):
+                self._crowd.append(gate)
+                return None
+            return self._put(handed)
+
+    def _is_crowded(self, entry: Entry) -> bool:
+        """Tell whether an entry has to wait for space."""
+        assert self._lock.locked()
+        return self._lines >= MAX_QUEUED
+
+    def _put(self, handed: Handed) -> int:
+        """Append an entry and return its number."""
+        assert self._lock.locked()
+        self._handed.append(handed)
+        self._lines += handed.lines
+        return 0
+
+    def is_applied(self, number: int) -> bool:
+        """Tell whether the round of an entry is known to have ended."""
+        return False
+
+    def take(self) -> list[Handed]:
+        """Return what is to be applied next; the broadcaster's."""
+        raise NotImplementedError
+
+    def end_round(self) -> None:
+        """Count what was taken as done, and let those go on who wait for space."""
+        raise NotImplementedError
+
     def until(self, moment: float) -> float:
         """Return the seconds until the room's clock comes to a moment of its own accord."""
-        return moment - self.now() if moment < math.inf else moment
+        return math.inf
 
     def start(self) -> None:
         """Be ready for entries."""
@@ -1205,9 +1214,54 @@ class EntryLog:
         """Take no more entries."""
         with self._lock:
             self._closed = True
+        self._ring_crowd()
+
+    def _ring_crowd(self) -> None:
+        """Have those look again who wait for space."""
+        with self._lock:
             crowd, self._crowd = self._crowd, []
         for gate in crowd:
             gate.ring()
+
+
+class LocalLog(EntryLog):
+    """The log of a room that one server has: what is handed in is what is applied."""
+
+    def __init__(self, waker: Waker) -> None:
+        super().__init__(waker)
+        # Guarded by the lock.
+        self._lines_taken = 0  # in entries that rounds have taken, and not ended
+        self._count = 0  # entries ever handed in
+        self._taken = 0  # entries that rounds have taken
+        self._applied = 0  # entries whose round has ended
+
+    def _put(self, handed: Handed) -> int:
+        super()._put(handed)
+        self._count += 1
+        return self._count
+
+    def is_applied(self, number: int) -> bool:
+        """Tell whether the round of an entry has ended."""
+        return number <= self._applied
+
+    def take(self) -> list[Handed]:
+        """Return what was handed in since the last round."""
+        with self._lock:
+            handed, self._handed = self._handed, []
+            self._taken, self._lines_taken = self._count, self._lines
+        return handed
+
+    def end_round(self) -> None:
+        """Count what was taken as done, and let those go on who wait for space."""
+        with self._lock:
+            self._applied = self._taken
+            self._lines -= self._lines_taken
+            self._lines_taken = 0
+        self._ring_crowd()
+
+    def until(self, moment: float) -> float:
+        """Return the seconds until then: time passes by itself."""
+        return moment - self.now() if moment < math.inf else moment
 
 
 class Gate:
@@ -3663,6 +3717,10 @@ def is_shared(entry: Entry) -> bool:
     return type(entry) in _TAGS
 
 
+def _session(entry: Entry) -> int:
+    return getattr(entry, "session", 0)
+
+
 def undated(entry: Any) -> Any:
     """Return an entry without a time of this machine's: it will be the log's."""
     if isinstance(entry, Banned) and entry.until:
@@ -4450,30 +4508,55 @@ class Confirmations:
             self._confirmed[output.session] = confirmed
 
 
+class Membership:
+    """This server in the room that several have, and what is to do about it after a round.
+
+    All of it is the broadcaster's own.
+    """
+
+    def __init__(self, broadcaster: Broadcaster, hand_in: Callable[[Handed], int]) -> None:
+        self.name = 0  # under which this server is in the room; 0: it is not
+        self.served: list[Handed] = []  # of ours, in the round that is being applied
+        self._broadcaster = broadcaster
+        self._confirmations = Confirmations(hand_in)
+
+    def end_round(self) -> list[Handed]:
+        """Return what of ours was applied, and hand in which private lines have come."""
+        self._confirmations.look_at(self._broadcaster.outputs.values())
+        served, self.served = self.served, []
+        return served
+
+    def lost_name(self) -> int:
+        """Return the name under which this server was in the room until just now, or 0."""
+        if self.name in self._broadcaster.room.servers:
+            return 0
+        lost, self.name = self.name, 0
+        return lost
+
+
 class SharedLog(EntryLog):
     """The log of a room that several servers have: rounds in a database.
 
     What was handed in here goes there and comes back by the `Follower`'s thread.  What
     concerns only one client waits for what that client handed in before, and is applied
-    at once if there is nothing.
+    at once if there is nothing.  Entries do not come back in the order of all, so their
+    numbers say nothing.
     """
 
     def __init__(self, broadcaster: Broadcaster, history: SharedHistory, waker: Waker) -> None:
         super().__init__(Waker())  # wakes the thread that follows the log
+        # Guarded by the lock.
         self._pending: Counter[int] = Counter()  # entries that wait or are under way, by session
         self._arrived: deque[Arrival] = deque()
         # What the room waits for, for longer than people can be left without a word.
         self._awaited: set[str] = set()
         self._is_over = False  # nobody applies anything any more
-        # Guarded by the lock: all of the above.  The broadcaster's own:
-        self._served: list[Handed] = []  # of ours, in the round that is being applied
-        self._entered = 0  # the name under which this server is in the room
-        self._confirmations = Confirmations(self.hand_in)
-        self._broadcaster = broadcaster
+        # Set once.
         self._history = history
         self._room_waker = waker
-        self._keeper = Keeper(self, broadcaster, history)
+        self._membership = Membership(broadcaster, self.hand_in)  # the broadcaster's own
         self._scribe = Scribe(self, self._waker, history)
+        self._keeper = Keeper(self, broadcaster, history)
 
     # For any thread.
 
@@ -4483,7 +4566,7 @@ class SharedLog(EntryLog):
             return self._pending.total() + len(self._arrived)
 
     def hand_in(self, handed: Handed, gate: Gate | None = None) -> int:
-        """Append an entry and return its number, as `EntryLog` does.
+        """Append an entry, as `EntryLog` does.
 
         Raise `Farewell` for who asks to come in while the database is away.
         """
@@ -4492,38 +4575,32 @@ class SharedLog(EntryLog):
             self._room_waker.wake()
         return number
 
-    def _append(self, handed: Handed, gate: Gate | None) -> bool:
-        if gate is not None and not gate.is_open():
+    def _is_crowded(self, entry: Entry) -> bool:
+        if self._is_turned_away(entry) or self._goes_at_once(entry):
             return False
-        session = getattr(handed.entry, "session", 0)
-        with self._lock:
-            if self._closed:
-                raise Gone
-            if self._awaited and type(handed.entry) is Claim:
-                raise _no_admission()
-            if not is_shared(handed.entry) and not self._pending[session]:
-                self._arrived.append(Arrival([handed]))
-            elif gate is not None and (self.lines >= MAX_QUEUED or self._history.is_full()):
-                self._crowd.append(gate)
-                return False
-            else:
-                self._handed.append(handed._replace(is_ours=True))
-                self._lines += handed.lines
-                self._pending[session] += 1
-            self._count += 1
-            return True
+        return super()._is_crowded(entry) or self._history.is_full()
 
-    def is_applied(self, number: int) -> bool:
-        """Tell that it has to be asked: entries do not come back in the order of all."""
-        return False
+    def _put(self, handed: Handed) -> int:
+        entry = handed.entry
+        if self._is_turned_away(entry):
+            raise _no_admission()
+        if self._goes_at_once(entry):
+            self._arrived.append(Arrival([handed]))
+            return 0
+        self._pending[_session(entry)] += 1
+        return super()._put(handed._replace(is_ours=True))
+
+    def _is_turned_away(self, entry: Entry) -> bool:
+        assert self._lock.locked()
+        return type(entry) is Claim and bool(self._awaited)
+
+    def _goes_at_once(self, entry: Entry) -> bool:
+        assert self._lock.locked()
+        return not is_shared(entry) and not self._pending[_session(entry)]
 
     def new_session(self) -> int:
         """Return the number of a connection that is new, here and on all servers."""
         return self._scribe.server << SERVER_BITS | super().new_session()
-
-    def until(self, moment: float) -> float:
-        """Time comes with the rounds of the log alone."""
-        return math.inf
 
     def start(self) -> None:
         """Start following."""
@@ -4554,24 +4631,21 @@ class SharedLog(EntryLog):
                 batch += handed
         if first is not None:
             self._history.begin(first)
-            self._entered = first.server
+            self._membership.name = first.server
         number = 0
         for one in batch:
             if isinstance(one.entry, Turn):
                 number = one.entry.number
             elif is_shared(one.entry):
                 self._history.busy = number
-        self._served += (one for one in batch if one.is_ours)
+        self._membership.served += (one for one in batch if one.is_ours)
         return batch
 
     def end_round(self) -> None:
         """Count what was taken as done, and let those go on who wait for space."""
-        served, self._served = self._served, []
-        self.forget(served)
-        if self._entered and self._entered not in self._broadcaster.room.servers:
-            self._scribe.end_part(self._entered)
-            self._entered = 0
-        self._confirmations.look_at(self._broadcaster.outputs.values())
+        self.forget(self._membership.end_round())
+        if name := self._membership.lost_name():
+            self._scribe.end_part(name)
 
     # For the threads that follow and keep, and at the end.
 
@@ -4589,8 +4663,6 @@ class SharedLog(EntryLog):
                 lines += self._handed[count].lines
                 count += 1
             handed, self._handed = self._handed[:count], self._handed[count:]
-            self._lines_taken += lines
-            self._lines -= lines
         return handed
 
     def deliver(self, *handed: Handed, beginning: Beginning | None = None) -> None:
@@ -4608,14 +4680,12 @@ class SharedLog(EntryLog):
         """Count entries of ours as done with, and let those go on who wait for space."""
         with self._lock:
             for one in handed:
-                session = getattr(one.entry, "session", 0)
-                self._lines_taken -= one.lines
+                session = _session(one.entry)
+                self._lines -= one.lines
                 self._pending[session] -= 1
                 if self._pending[session] <= 0:
                     del self._pending[session]
-            crowd, self._crowd = self._crowd, []
-        for gate in crowd:
-            gate.ring()
+        self._ring_crowd()
 
     def kept_to(self, position: int) -> None:
         """Know that all before a position is in the table; let those go on who wait for that."""
@@ -4643,8 +4713,6 @@ class SharedLog(EntryLog):
             self._awaited.add(what)
             turned_away = [one for one in self._handed if type(one.entry) is Claim]
             self._handed = [one for one in self._handed if type(one.entry) is not Claim]
-            self._lines -= len(turned_away)
-            self._lines_taken += len(turned_away)  # until they are forgotten
         self.drop(turned_away)
         for output in filter(None, (claim.output for claim in claims)):
             with contextlib.suppress(OSError):  # nothing else is under way to them
@@ -5031,7 +5099,7 @@ def open_log(broadcaster: Broadcaster, waker: Waker) -> EntryLog:
     """Return where entries stand: in memory, or where the history is shared."""
     if isinstance(broadcaster.history, SharedHistory):
         return SharedLog(broadcaster, broadcaster.history, waker)
-    return EntryLog(waker)
+    return LocalLog(waker)
 
 
 # --- The command line --------------------------------------------------------
