@@ -3250,10 +3250,8 @@ class FileHistory(History):
             self._place, self.fmt, self._ending, lambda waiting: self.on_waiting(waiting)
         )
         opened.callback(self._writer.close, 0.0)
-        self._pages, self._questions, self._searches = readers = [
-            Access(_read_only(self._place.path)) for _ in range(3)
-        ]
-        for reader in readers:
+        self._readers = Readers(*(Access(_read_only(self._place.path)) for _ in range(3)))
+        for reader in self._readers:
             opened.callback(reader.close, 0.0)
         self._place.hold_log()
         if last is not None:
@@ -3278,7 +3276,7 @@ class FileHistory(History):
 
     def fetch(self, position: int, end: int) -> tuple[int, list[bytes]]:
         """Return at most `PAGE` lines from the file, up to one that is missing there."""
-        rows = self._pages.rows(
+        rows = self._readers.pages.rows(
             "SELECT position, time, kind, name, text FROM lines"
             " WHERE position >= ? AND position < ? ORDER BY position LIMIT ?",
             (position, end, PAGE),
@@ -3292,7 +3290,7 @@ class FileHistory(History):
 
     def last(self, count: int) -> list[Recalled]:
         """Return the last `count` lines of all that was ever said."""
-        rows = self._questions.rows(
+        rows = self._readers.questions.rows(
             "SELECT position, time, kind, name, text FROM lines ORDER BY position DESC LIMIT ?",
             (count,),
         )
@@ -3304,7 +3302,7 @@ class FileHistory(History):
         A LIKE of SQLite takes minutes for some words, and any statement over the whole
         file keeps its log from being taken over.
         """
-        [[start, since, block]] = self._searches.rows(
+        [[start, since, block]] = self._readers.searches.rows(
             "SELECT min(position), min(time), group_concat(name || char(10) || text, char(10))"
             " FROM (SELECT position, time, name, text FROM lines"
             " WHERE position < ? ORDER BY position DESC LIMIT ?)",
@@ -3314,7 +3312,7 @@ class FileHistory(History):
             return SearchedPage(self.oldest, 0.0, [])
         if word not in block.lower():
             return SearchedPage(start, since, [])
-        rows = self._searches.rows(
+        rows = self._readers.searches.rows(
             "SELECT position, time, kind, name, text FROM lines"
             " WHERE position >= ? AND position < ? ORDER BY position DESC",
             (start, end),
@@ -3333,7 +3331,7 @@ class FileHistory(History):
 
     def bans(self) -> list[Ban]:
         """Return the bans that the file has."""
-        rows = self._questions.rows("SELECT name, address, by, until, reason FROM bans")
+        rows = self._readers.questions.rows("SELECT name, address, by, until, reason FROM bans")
         return [Ban(*row) for row in rows]
 
     def close(self) -> None:
@@ -3342,7 +3340,7 @@ class FileHistory(History):
         deadline = time.monotonic() + CLOSE_LIMIT
         # Readers first: the last to close removes the log, and a reader cannot.  SQLite sees
         # itself whether the file was moved, and then leaves alone what has the log's name.
-        for access in (self._pages, self._questions, self._searches, self._writer):
+        for access in (*self._readers, self._writer):
             access.close(deadline)
         self._place.leave()
 
@@ -3464,6 +3462,14 @@ class Access:
             self._database.close()
         finally:
             self._lock.release()
+
+
+class Readers(NamedTuple):
+    """The connections of those who only read the file, so that none holds up another."""
+
+    pages: Access
+    questions: Access
+    searches: Access
 
 
 class Writer:
@@ -4304,9 +4310,7 @@ class SharedHistory(History):
         self.address = address
         self.first = self._oldest = self._kept = 0  # until it begins
         self._time = 0.0  # of the last round that has brought lines
-        self.busy = 0  # the number of the last round in which anything happened
-        readers = (Reader(address, lambda: self._kept, self._ending) for _ in range(3))
-        self._pages, self._questions, self._searches = readers
+        self._reader = Reader(address, lambda: self._kept, self._ending)
         prepare(Database(address), fmt)
 
     @property
@@ -4362,7 +4366,7 @@ class SharedHistory(History):
         """Return at most `PAGE` lines from the table, as soon as the database answers."""
         while not self._ending.is_set():
             with contextlib.suppress(NotReadable):
-                rows = self._pages.ask(
+                rows = self._reader.ask(
                     f"{READ_LINES} WHERE position >= $1 AND position < $2"
                     f" ORDER BY position LIMIT {PAGE}",
                     position,
@@ -4378,7 +4382,7 @@ class SharedHistory(History):
         first = self.first
         found = super().last(count)
         if len(found) < count and first > self._oldest:
-            rows = self._questions.ask(
+            rows = self._reader.ask(
                 f"{READ_LINES} WHERE position < $1 ORDER BY position DESC LIMIT $2",
                 first,
                 count - len(found),
@@ -4390,7 +4394,7 @@ class SharedHistory(History):
         """Look for a lower-case word in memory first, then page by page in the table."""
         if end > self.first:
             return super()._search_before(end, word)
-        rows = self._searches.ask(
+        rows = self._reader.ask(
             f"{READ_LINES} WHERE position < $1 ORDER BY position DESC LIMIT {SEARCH_PAGE}", end
         )
         if not rows:
@@ -4400,10 +4404,9 @@ class SharedHistory(History):
         return SearchedPage(start, last.time, found)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connection."""
         super().close()
-        for reader in (self._pages, self._questions, self._searches):
-            reader.close()
+        self._reader.close()
 
 
 class Reader:
@@ -4516,6 +4519,7 @@ class Membership:
 
     def __init__(self, broadcaster: Broadcaster, hand_in: Callable[[Handed], int]) -> None:
         self.name = 0  # under which this server is in the room; 0: it is not
+        self.busy = 0  # the number of the last round in which anything happened
         self.served: list[Handed] = []  # of ours, in the round that is being applied
         self._broadcaster = broadcaster
         self._confirmations = Confirmations(hand_in)
@@ -4637,7 +4641,7 @@ class SharedLog(EntryLog):
             if isinstance(one.entry, Turn):
                 number = one.entry.number
             elif is_shared(one.entry):
-                self._history.busy = number
+                self._membership.busy = number
         self._membership.served += (one for one in batch if one.is_ours)
         return batch
 
@@ -4648,6 +4652,11 @@ class SharedLog(EntryLog):
             self._scribe.end_part(name)
 
     # For the threads that follow and keep, and at the end.
+
+    @property
+    def busy(self) -> int:
+        """The number of the last round in which anything happened."""
+        return self._membership.busy
 
     def gather(self, *, is_due: bool, most: float = MAX_ROUND) -> list[Handed] | None:
         """Return what is to be the next round; None if there need not be one.
@@ -5020,6 +5029,8 @@ class Keeper:
             log.exception("a fault in keeping a point")
             self._is_failing = True
         else:
+            if self._is_failing:
+                log.info("what is said is kept again for who starts late")
             self._is_failing = False
             self._shared.go_on("a point")
         if self._is_failing:
@@ -5031,7 +5042,7 @@ class Keeper:
         rounds, lines = room.progress.number - self._last, room.end - self._position
         is_long = rounds >= POINT_ROUNDS or lines >= POINT_LINES
         # Less than none: the database's clock was set back, or is another one's now.
-        is_old = not 0 <= age < POINT_SECONDS and self._history.busy > self._last_but_one
+        is_old = not 0 <= age < POINT_SECONDS and self._shared.busy > self._last_but_one
         return room.progress.number > self._last and (is_long or is_old)
 
     def _keep(self, room: Room) -> None:

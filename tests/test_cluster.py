@@ -1061,17 +1061,39 @@ def test_a_cancelled_wait_is_no_answer_though_nobody_warns(
 
 
 def test_points_that_cannot_be_written_are_told(cluster: Postgres, database: str) -> None:
-    """A database that takes rounds but no points is told of in the log, once."""
+    """A database that takes rounds but no points is told of in the log, once, and its end too."""
+    name = database.rpartition("/")[2]
     with servers(database, 1, KEEP_LOOK=0.1, POINT_LINES=50) as (one,):
         alice = Peer(one.port).join("alice")
         cluster.sql(
             "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS"
             " $$BEGIN RAISE EXCEPTION 'full' USING ERRCODE = '53100'; END$$;"
             " CREATE TRIGGER no BEFORE INSERT ON chat.lines FOR EACH ROW EXECUTE FUNCTION no()",
-            database.rpartition("/")[2],
+            name,
         )
         alice.send(*(f"line {number}" for number in range(100)))
         one.expect_log("cannot keep what is said for who starts late: full")
+        cluster.sql("DROP TRIGGER no ON chat.lines", name)
+        one.expect_log("what is said is kept again for who starts late")
+        assert one.log().count("cannot keep") == 1
+
+
+def test_a_server_has_three_connections(cluster: Postgres, database: str) -> None:
+    """One follows the log, one keeps points, and one is for all who ask: they are few there."""
+    name = database.rpartition("/")[2]
+    with servers(database, 1, KEEP_LOOK=0.1, POINT_LINES=100, RETAINED=50) as (one,):
+        alice = Peer(one.port).join("alice")
+        alice.send(*(f"line {number}" for number in range(500)))
+        alice.expect_eventually("alice: line 499")
+        kept = "SELECT count(*) > 450 FROM chat.lines"
+        wait_until(lambda: cluster.sql(kept, name) == "t", "the lines to be in the table")
+        alice.send("/search line 7", "/history 200")
+        alice.expect_match("-> .* alice: line 7")
+        bob = Peer(one.port).send("bob -400")
+        bob.expect_eventually("alice: line 150")
+        bob.expect_eventually("alice: line 499")
+        there = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}'"
+        assert cluster.sql(there, "postgres") == "3"
 
 
 def test_a_server_ends_in_time_while_somebody_searches(cluster: Postgres, database: str) -> None:
