@@ -444,7 +444,7 @@ class Client:
 
     def turn_away(self, line: str) -> None:
         """End somebody at the door with a line; who is in the room hears it there."""
-        if self.name or self.output.until is not None:
+        if self.name or self.output.parting is not None:
             return
         self.output.reason = line.removeprefix("-> ")
         with contextlib.suppress(OSError):
@@ -2203,6 +2203,22 @@ def _unkeyed(stay: Stay) -> str:
 # --- The broadcaster ---------------------------------------------------------
 
 
+class Parting:
+    """How somebody leaves: up to where it still gets the room, and how long that is waited for."""
+
+    __slots__ = ("ends_at", "patience", "until")
+
+    def __init__(self, until: int, patience: float = 0.0) -> None:
+        self.until = until  # it gets nothing from this position on
+        self.patience = patience  # seconds without progress until what is left is given up
+        self.ends_at = 0.0  # when that will be
+        self.renew()
+
+    def renew(self) -> None:
+        """Wait from now on, since something has just been taken."""
+        self.ends_at = time.monotonic() + self.patience
+
+
 class Output:
     """What one client gets of the room: its cursor and what is under way to it.
 
@@ -2211,9 +2227,8 @@ class Output:
     """
 
     __slots__ = (
-        "connection", "data", "fetching", "gate", "in_flight", "outbox", "parts_at",
-        "patience", "position", "reason", "released", "sent", "session", "until", "watched",
-        "whispers",
+        "connection", "data", "fetching", "gate", "in_flight", "outbox", "parting", "position",
+        "reason", "released", "sent", "session", "watched", "whispers",
     )  # fmt: skip
 
     def __init__(self, session: int, connection: Connection) -> None:
@@ -2228,9 +2243,7 @@ class Output:
         self.whispers = 0  # private lines that it was ever given, under its key
         self.fetching = False  # what it gets next is being read from the file
         self.watched = False  # its socket is full; the selector tells when it is not
-        self.until: int | None = None  # it leaves, and gets nothing from here on
-        self.patience = 0.0  # seconds without progress until what is left then is given up
-        self.parts_at = math.inf  # when that will be
+        self.parting: Parting | None = None  # it leaves
         self.reason = ""  # why the room ended it, for the console
         self.released = False  # the broadcaster never touches it again
 
@@ -2257,7 +2270,7 @@ class Output:
 
     def has_ended(self) -> bool:
         """Tell whether it has all that it is to get."""
-        return self.until is not None and not (self.data or self.outbox or self.fetching)
+        return self.parting is not None and not (self.data or self.outbox or self.fetching)
 
     def cut(self, how: int = socket.SHUT_RDWR) -> None:
         """Let the client's thread find the end of its input."""
@@ -2273,9 +2286,10 @@ class Output:
 class Broadcaster:
     """One thread that applies entries to the room and sends everyone what follows.
 
-    All of it is this thread's own but for `entries`, which others hand in, and what they
-    read: `room`, published after each store, and `outputs`, in which they look for one.
-    `stop` closes the entries and then sets `_stop_at`, once.
+    All of it is this thread's own but for what others hand in: `entries`, and what the
+    pager has read; and for what they read: `room`, published after each store, and
+    `outputs`, in which they look for one.  `stop` closes the entries and then sets
+    `_stop_at`, once; `close` comes after the thread's end.
     """
 
     def __init__(self, history: History) -> None:
@@ -2365,7 +2379,7 @@ class Broadcaster:
         else:
             now = time.monotonic()
             ends = [self._stop_at, self._look_at, now + self.entries.until(self.room.deadline)]
-            ends += (output.parts_at for output in self._parting)
+            ends += (output.parting.ends_at for output in self._parting if output.parting)
             if (first := min(ends)) < math.inf:
                 timeout = max(0.0, min(first - now, LONGEST_WAIT))
         return self._sockets.wait(timeout)
@@ -2492,7 +2506,7 @@ class Broadcaster:
                 self._end(output, effect)
         except Exception as error:
             self._fail(output, error)
-        if not output.watched or output.until is not None:
+        if not output.watched or output.parting is not None:
             self._due.add(output)
 
     def _begin(self, output: Output, begin: Begin) -> None:
@@ -2518,18 +2532,18 @@ class Broadcaster:
     def _end(self, output: Output, end: End) -> None:
         """Have an output get nothing from a position on."""
         del self.outputs[output.session]
-        output.until, output.reason = end.position, end.reason or output.reason
+        output.reason = end.reason or output.reason
         if end.how is Ending.REPLACED:
+            output.parting = Parting(min(output.position, end.position))
             output.outbox.clear()
-            output.until, output.data = min(output.position, end.position), b""
-            output.fetching = False
+            output.data, output.fetching = b"", False
             output.cut()
         elif end.how is Ending.PUT_OUT:
+            output.parting = Parting(end.position)
             output.gate.close()
         else:
-            output.patience = PARTING
+            output.parting = Parting(end.position, PARTING)
         self._parting.add(output)
-        self._renew(output)
 
     def _take_pages(self) -> None:
         """Give those who are behind what the pager has read for them."""
@@ -2581,7 +2595,7 @@ class Broadcaster:
         room_end = self.history.end
         position, data, end = -1, b"", -1  # where the one before stood, and what it got
         for output in outputs:
-            if output.data or output.outbox or output.until is not None:
+            if output.data or output.outbox or output.parting is not None:
                 if not output.watched and not output.released:
                     self._due.add(output)
                 continue
@@ -2620,26 +2634,23 @@ class Broadcaster:
                 sent = output.connection.send(unsent)
                 output.sent += sent
                 full = output.sent < len(output.data)
-                if sent:
-                    self._renew(output)
+                if sent and output.parting is not None:
+                    output.parting.renew()
                 if not full:
                     output.finish()
             self._sockets.watch(output, full)
         except Exception as error:
             self._fail(output, error)
-        if output.has_ended() or (output.until is not None and full and not output.patience):
+        parting = output.parting
+        if output.has_ended() or (parting is not None and full and not parting.patience):
             self._release(output)
-
-    def _renew(self, output: Output) -> None:
-        """Wait for who leaves from now on, since they have just taken something."""
-        if output.until is not None:
-            output.parts_at = time.monotonic() + output.patience
 
     def _end_stuck(self) -> None:
         """Let go of those who leave and have not taken anything for long."""
         now = time.monotonic()
-        for output in [output for output in self._parting if output.parts_at <= now]:
-            self._release(output)
+        for output in list(self._parting):
+            if output.parting is not None and output.parting.ends_at <= now:
+                self._release(output)
 
     def _end_dead(self) -> None:
         """End those whose peers acknowledge nothing any more; a suspended reader's does."""
@@ -2655,7 +2666,7 @@ class Broadcaster:
             self._sockets.watch(output, False)
         if output.reason and not output.gate.closed:
             output.gate.close()
-        if output.until is not None and output.gate.closed:
+        if output.parting is not None and output.gate.closed:
             # The client's last word is in its socket; now its thread may find the end.
             output.connection.shutdown(socket.SHUT_RD)
         self._due.discard(output)
@@ -2671,10 +2682,10 @@ class Broadcaster:
         output.data, output.fetching = b"", False
         output.outbox.clear()
         output.cut()
-        if output.until is None:
+        if output.parting is None:
             output.position = self.history.end
         else:
-            output.until = output.position
+            output.parting.until = output.position
 
     def _take_next(self, output: Output) -> bool:
         """Put under way what a client gets next; tell whether there is anything, for now."""
@@ -2682,7 +2693,7 @@ class Broadcaster:
             return False
         if output.take_private():
             return True
-        end = self.history.end if output.until is None else output.until
+        end = self.history.end if output.parting is None else output.parting.until
         if output.outbox:
             end = output.outbox[0][0]
         if output.position >= end:
@@ -3066,6 +3077,7 @@ class History:
     def __init__(self, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
         self.fmt = fmt
         self.retained = retained
+        self._lock = threading.Lock()  # guards the next three, which the broadcaster changes
         # A history that starts empty starts at the milliseconds of the clock, so
         # that no position is given twice, across restarts too.
         self.first = int(time.time() * 1000)
@@ -3073,7 +3085,6 @@ class History:
         self._times: list[float] = []
         # Chunks as they are sent; what stands at a position never changes.
         self._joined = functools.lru_cache(retained // CHUNK + 2)(self._join)
-        self._lock = threading.Lock()  # guards all of the above
         self.on_waiting: Callable[[bool], None] = lambda waiting: None
         self.on_failure: Callable[[], None] = lambda: None
         self._searching = threading.Lock()  # held by the one search that runs
@@ -4308,7 +4319,9 @@ class SharedHistory(History):
     def __init__(self, address: str, fmt: str = protocol.FORMAT, retained: int = RETAINED) -> None:
         super().__init__(fmt, retained)
         self.address = address
-        self.first = self._oldest = self._kept = 0  # until it begins
+        # Under the lock, as all that was read from the log; 0 until it begins.
+        self.first = self._oldest = 0
+        self._kept = 0  # all before this position is in the table
         self._time = 0.0  # of the last round that has brought lines
         self._reader = Reader(address, lambda: self._kept, self._ending)
         prepare(Database(address), fmt)

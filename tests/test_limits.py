@@ -383,11 +383,12 @@ def test_a_long_replay_is_sent_whole_to_who_has_ended_the_input(
         bob = Peer(server.port, buffer=SMALL).send("bob -15000").end_input()
         alice.expect("* bob joined the chat", "* bob left the chat")
         output = next(iter(server.broadcaster._parting))
-        lines: list[str] = []
+        parting, lines = output.parting, list[str]()
+        assert parting is not None
         for _ in range(6):  # so many times it is most of a patience late
-            due = output.parts_at
+            due = parting.ends_at
             passed[0] += server_module.PARTING * 0.8
-            while output.parts_at < due + server_module.PARTING / 2:
+            while parting.ends_at < due + server_module.PARTING / 2:
                 lines.append(bob.next_line())
         alice.send("and on")
         alice.expect("alice: and on")
@@ -409,7 +410,8 @@ def test_who_has_ended_the_input_and_never_reads_is_given_up(
             alice.send(str(number))
             alice.expect(f"alice: {number}")
         (output,) = server.broadcaster._parting
-        output.parts_at = 0.0  # its patience is at an end
+        assert output.parting is not None
+        output.parting.ends_at = 0.0  # its patience is at an end
         alice.send("and on")
         alice.expect("alice: and on")
         wait_until(lambda: len(server.clients) == 1, "the place to be free")

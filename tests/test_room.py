@@ -23,7 +23,7 @@ from proxy import STALL, Proxy
 
 import protocol
 import server as server_module
-from server import ChatServer, Passed, Said
+from server import ChatServer, LocalLog, Passed, Said
 
 KEY = "0123456789abcdef"
 
@@ -554,6 +554,7 @@ def test_who_waits_for_space_in_the_queue_can_be_replaced(
     try:
         ghost.send(*(f"{number} {'x' * 900}" for number in range(1000)))
         log = room.broadcaster.entries
+        assert isinstance(log, LocalLog)
         wait_until(lambda: log.lines >= 50, "the queue to be crowded")
         before = log._count
         alice = Peer(room.port).introduce(f"alice -0 {KEY}")
