@@ -1887,6 +1887,7 @@ class ReadlineTerminal(Terminal):
             self.hush(quiet=False)
             asked = self._input = _Input()
             try:
+                self._hear_signals()
                 self._begin()
                 text = input(self._prompt())
                 self._interrupted = -math.inf
@@ -1977,6 +1978,9 @@ class ReadlineTerminal(Terminal):
             signal.signal(KNOCK, self.on_knock)
             signal.signal(signal.SIGTSTP, self._on_stop)
             signal.signal(signal.SIGCONT, self._on_continue)
+            for number in (KNOCK, signal.SIGTSTP, signal.SIGCONT, signal.SIGINT):
+                # What readline writes at that moment would be lost, and it goes by what it wrote.
+                signal.siginterrupt(number, self._input is None or bool(self._input.question))
             sys.unraisablehook = sys.__unraisablehook__
 
     def _ignore_signals(self) -> None:

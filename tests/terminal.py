@@ -23,6 +23,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
 # A cell is its text ("" in the second half of a wide character) and the style it stands in.
@@ -503,9 +504,18 @@ class Terminal:
         self.screen.resize(rows, columns)
         termios.tcsetwinsize(self._master, (rows, columns))
 
+    def hold(self, *, held: bool = True) -> None:
+        """Have what the program writes wait, as Ctrl-S does, or go on."""
+        termios.tcflow(self._slave, termios.TCOOFF if held else termios.TCOON)
+
     def signal(self, number: int) -> None:
         """Send a signal to the program."""
         self._process.send_signal(number)
+
+    def caught(self) -> bool:
+        """Tell, on Linux, whether no signal sent to the program still waits for it."""
+        fields = Path(f"/proc/{self._process.pid}/status").read_text().split()
+        return not any(int(fields[fields.index(name) + 1], 16) for name in ("SigPnd:", "ShdPnd:"))
 
     def termios(self) -> list[Any]:
         """Return the terminal's modes, as `termios.tcgetattr` does."""

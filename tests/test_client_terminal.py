@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from chat import DEADLINE, Peer, kick, no_leaks, run_chat
+from chat import DEADLINE, Peer, kick, no_leaks, run_chat, wait_until
 from clients import ROOT, environment, greet, pretended, read_to_end
 from proxy import GHOST, Proxy
 from screens import CTRL_C, CTRL_D, KINDS, LEFT, UP, Open, assert_sane, enter, opener, prompts
@@ -277,6 +277,23 @@ def test_window_closed(terminal: Terminal, bob: Peer) -> None:
 
 
 # --- Typing while others talk -------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it shows in /proc that a signal was caught")
+def test_signal_takes_nothing_that_readline_writes(server: ChatServer, bob: Peer) -> None:
+    """Readline goes by what it wrote; what a signal keeps off the screen stays missing there."""
+    with opener("readline")(server.port) as terminal:
+        enter(terminal, bob)
+        typed = ""
+        for word in ("half ", "a ", "line ", "of ", "several ", "words"):
+            terminal.hold()
+            terminal.type(word)
+            for _ in range(50):
+                terminal.signal(client.KNOCK)
+                wait_until(terminal.caught)
+            terminal.hold(held=False)
+            typed += word
+            terminal.wait_for(prompts(typed))
 
 
 def test_half_a_line_stays_whole(terminal: Terminal, bob: Peer) -> None:
