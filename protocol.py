@@ -446,6 +446,7 @@ class Shape:
         pattern = re.escape(template)
         for part, form in self._NAMES + self._PARTS:
             pattern = pattern.replace(rf"\{{{part}\}}", f"(?P<{part}>{form})")
+        self.pattern = pattern
         self.read = re.compile(pattern, re.DOTALL | re.ASCII).fullmatch
 
 
@@ -474,6 +475,7 @@ SHAPES = {
     Kind.UNKNOWN: Shape("{text}"),
 }
 _read_said = SHAPES[Kind.SAID].read
+_find_said = re.compile(rf"^(?:{SHAPES[Kind.SAID].pattern}|(.*))$", re.MULTILINE | re.ASCII).findall
 _IN_ROOM = frozenset({Kind.SAID, Kind.DID, Kind.NOTICE})
 
 
@@ -510,6 +512,13 @@ def parts(line: str) -> tuple[str, str, str]:
         return "said", match[1], match[2]
     kind, name, text = parse(line)
     return kind.value, name, text
+
+
+def parts_of_each(lines: str) -> list[tuple[str, str, str]]:
+    """Return the `parts` of each of some lines, which stand one below the other."""
+    return [
+        ("said", name, text) if name else parts(other) for name, text, other in _find_said(lines)
+    ]
 
 
 def said(name: str, text: str) -> str:

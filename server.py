@@ -3550,8 +3550,9 @@ class Writer:
         for first in range(0, len(lines), ROWS):
             some = lines[first : first + ROWS]
             values: list[int | float | str] = []
-            for place, line in enumerate(some, position + first):
-                values += (place, now, *protocol.parts(line.decode(self._fmt)))
+            text = b"\n".join(some).decode(self._fmt)
+            for place, parts in enumerate(protocol.parts_of_each(text), position + first):
+                values += (place, now, *parts)
             rows = ", ".join(["(?, ?, ?, ?, ?)"] * len(some))
             database.execute(f"INSERT INTO lines VALUES {rows}", values)
 

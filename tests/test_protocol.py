@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 
 import pytest
 
@@ -542,6 +543,15 @@ def test_each_kind_of_line_is_read_and_written(text: str, line: Line) -> None:
     """A line says what it is by its first word, and `parse` is the inverse of ``str``."""
     assert parse(text) == line
     assert str(line) == text
+
+
+def test_parts_of_many_lines_are_those_of_each() -> None:
+    """Read at once, lines have the parts that they have alone, whatever stands beside them."""
+    lines = [text for text, _ in LINES] + ["alice: \x0b\x85\u2028 \r", "zoë: * x", "bob: bob: "]
+    for some in itertools.permutations(lines, 2):
+        assert protocol.parts_of_each("\n".join(some)) == [protocol.parts(line) for line in some]
+    kinds = [(line.kind.value, line.name, line.text) for _, line in LINES]
+    assert protocol.parts_of_each("\n".join(text for text, _ in LINES)) == kinds
 
 
 def test_every_kind_of_line_is_among_the_examples() -> None:
