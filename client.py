@@ -111,6 +111,7 @@ MAX_STOPS = 1000  # in the background; without a shell to go on in, nothing stop
 # To the left edge, and nothing from there on: prompt_toolkit has gone to the row where its
 # prompt begins, but so many columns to the left as it believes that the text has.
 CLEAR_ROW = "\r\x1b[J"
+MAX_SETTINGS = 64 * 1024  # characters; all settings with a comment each are a twentieth of it
 MAX_RECALL = 1000  # lines typed that are kept over sessions
 UNATTENDED = 300.0  # seconds without a line typed in which the user has hardly read along
 HOW_TO_LEAVE = "Ctrl-C again, Ctrl-D or /quit leaves"
@@ -2116,28 +2117,40 @@ class ReadlineTerminal(Terminal):
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         """Stop as any program does, with the terminal as the shell wants it."""
-        self._showing = True
-        if self._library and self._is_active():
-            self._library.hide()
-            self._library.give_terminal_back()
-        super().hush(quiet=False)
-        for stop in (signal.SIGTSTP, signal.SIGCONT):
-            signal.signal(stop, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)
-        self._hear_signals()
+        with self._alone():
+            if self._library and self._is_active():
+                self._library.hide()
+                self._library.give_terminal_back()
+            super().hush(quiet=False)
+            for stop in (signal.SIGTSTP, signal.SIGCONT):
+                signal.signal(stop, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTSTP)
+            self._hear_signals()
         self._on_continue(number, frame)
 
     def _on_continue(self, number: int, frame: FrameType | None) -> None:
         """Take the terminal again, once we have it."""
-        self._showing = True
-        self.hush()
-        if self._library and self._input and self._input.drawn and in_foreground():
-            self._library.give_terminal_back()
+        with self._alone() as is_between:
             self.hush()
-            self._library.take_terminal()
-            self._write("\r\x1b[K")
-            self._library.unhide(self._prompt())
-        self._showing = False
+            if self._library and self._input and self._input.drawn and in_foreground():
+                self._library.give_terminal_back()
+                self.hush()
+                self._library.take_terminal()
+                if not is_between:
+                    self._write("\r\x1b[K")
+                    self._library.unhide(self._prompt())
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Show nothing meanwhile; tell whether what is shown now was interrupted for it.
+
+        Then the half-typed line is off the screen, and is put back by who took it off.
+        """
+        before, self._showing = self._showing, True
+        try:
+            yield before
+        finally:  # Ctrl-C can come in between
+            self._showing = before
 
 
 class _Readline:
@@ -2786,7 +2799,7 @@ def main(arguments: list[str] | None = None) -> int:
         complain(str(refusal))
         return 2
     if sys.stdin is None or sys.stdout is None:
-        return _fail("standard input and output are closed; leave them open")
+        return _fail("standard input or output is closed; leave both open")
     screen = _screen(options)
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
@@ -3145,7 +3158,7 @@ def _settings(file: str, *, must_be: bool) -> dict[str, Any]:
     """Return what stands in a file of settings: nothing if there is none, unless it must be."""
     try:
         with open(file, encoding="utf-8-sig") as settings:  # some editors put a mark before it
-            text = settings.read()
+            text = settings.read(MAX_SETTINGS + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         if must_be:
             raise Refusal(f"cannot read {file}: {error.strerror}; name another file") from None
@@ -3155,6 +3168,8 @@ def _settings(file: str, *, must_be: bool) -> dict[str, Any]:
         raise Refusal(f"{why}; make it readable, or name another with --settings") from None
     except UnicodeDecodeError:
         raise Refusal(f"{file} is not UTF-8; save it as that") from None
+    if len(text) > MAX_SETTINGS:
+        raise Refusal(f"{file} has over {MAX_SETTINGS} characters; name a file of settings")
     import tomllib  # here, as what only settings need
 
     try:

@@ -198,6 +198,32 @@ sys.exit(client.main())
 """
 
 
+# A client to which a signal comes at the very moment when it has taken the half-typed line off
+# the screen, and when it has written above it what came.
+SIGNAL_WHILE_SHOWING = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import client
+inside = False
+def signal_once():
+    global inside
+    if not inside:
+        inside = True
+        os.kill(os.getpid(), signal.NUMBER)
+        inside = False
+def hide(self, hide=client._Readline.hide):
+    hide(self)
+    signal_once()
+def write(self, text, write=client.ReadlineTerminal._write):
+    write(self, text)
+    if text.endswith("\\n") and self._showing:
+        signal_once()
+client._Readline.hide = hide
+client.ReadlineTerminal._write = write
+sys.exit(client.main())
+"""
+
+
 @contextmanager
 def altered(script: str, server: ChatServer) -> Iterator[Terminal]:
     """Open a client with readline that a script alters before it starts."""
@@ -591,6 +617,22 @@ def test_suspended_terminal_goes_on(terminal: Terminal, bob: Peer) -> None:
     terminal.signal(signal.SIGCONT)
     terminal.wait_for("bob: are you there?")
     terminal.wait_for(prompts("half"))
+
+
+@pytest.mark.parametrize("number", ["SIGTSTP", "SIGCONT", "SIGWINCH"])
+def test_line_that_comes_as_it_is_continued(server: ChatServer, bob: Peer, number: str) -> None:
+    """Stopped or continued at any moment of showing a line, it shows each on its own row, once."""
+    with altered(SIGNAL_WHILE_SHOWING.replace("NUMBER", number), server) as terminal:
+        enter(terminal, bob)
+        terminal.type("half")
+        terminal.wait_for(prompts("half"))
+        for count in range(3):
+            bob.send(f"news {count}")
+            terminal.wait_for(f"bob: news {count}")
+            terminal.wait_for(prompts("half"))
+        assert [line for line in terminal.screen.lines if "news" in line] == [
+            f"bob: news {count}" for count in range(3)
+        ]
 
 
 class PlainTerminal(client.ReadlineTerminal):
