@@ -5132,7 +5132,10 @@ def open_log(broadcaster: Broadcaster, waker: Waker) -> EntryLog:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the server until a signal ends it; return the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.tls_key and options.tls_cert is None:
+        parser.error("--tls-key is the key of a certificate; give that too with --tls-cert")
     # Looked for before SIGHUP is heard: until then, a terminal that goes ends the process.
     had_terminal = _has_terminal()
     threading.stack_size(STACK)
@@ -5556,8 +5559,6 @@ def _private(file: str, flags: int) -> int:
 def _tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
     """Return what the options say of TLS, and log the certificate's fingerprint."""
     if options.tls_cert is None:
-        if options.tls_key:
-            raise Refusal("--tls-key needs --tls-cert")
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

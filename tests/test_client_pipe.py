@@ -483,6 +483,17 @@ def test_errors_closed() -> None:
         assert b"x: fine\n" in done.stdout
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_input_or_output_closed(closed: str) -> None:
+    """Without one of the two there is nothing to be done, and one line says so."""
+    command = " ".join([*CLIENT, "--port", "1", "--name", "x", closed])
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, env=environment(), timeout=DEADLINE, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "client.py: standard input or output is closed; leave both open\n"
+
+
 def test_slow_reader_of_the_output() -> None:
     """A full pipe behind it holds back nobody, and everything is there when it is read."""
     with run_chat() as server:

@@ -14,6 +14,8 @@ from chat import DEADLINE, Peer, no_leaks, run_chat
 from clients import CLIENT, environment
 from screens import enter, opener, prompts
 
+import client
+
 ALICE = ("--name", "alice")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they stand elsewhere")
@@ -208,6 +210,10 @@ def test_unreadable_settings_are_told_in_one_line(file: Path) -> None:
         assert f"{file} is not TOML: " in done.stderr
     file.write_bytes(b'name = "\xff"')
     assert run(file).stderr == f"client.py: {file} is not UTF-8; save it as that\n"
+    file.write_text("#" * (client.MAX_SETTINGS + 1))
+    assert f"{file} has over {client.MAX_SETTINGS} characters" in run(file).stderr
+    if Path("/dev/zero").exists():  # it has no end
+        assert run(file, "--settings", "/dev/zero").returncode == 2
     file.unlink()
     file.mkdir()
     done = run(file)
