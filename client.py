@@ -538,11 +538,14 @@ class Session:
 
         Raise `OSError` when the connection has ended.
         """
-        self._unsent = self._unsent[self._connection.send(self._unsent) :]
-        writing = selectors.EVENT_WRITE if self._unsent else 0
-        self._selector.modify(self._connection, selectors.EVENT_READ | writing)
-        self._selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        data = self._connection.receive_now()
+        try:
+            self._unsent = self._unsent[self._connection.send(self._unsent) :]
+        except OSError:  # it broke, but what came before may say why
+            data = self._connection.receive_now()
+            if not data:
+                raise
+        else:
+            data = self._wait(deadline)
         if data == b"":
             raise ConnectionError("the server closed the connection")
         if self._framer.overrun:
@@ -550,6 +553,13 @@ class Session:
         if data:
             self.heard_at = time.monotonic()
         return [self._line(line) for line in self._framer.feed(data or b"")]
+
+    def _wait(self, deadline: float | None) -> bytes | None:
+        """Wait for something to happen, and return what came, as `receive_now` does."""
+        writing = selectors.EVENT_WRITE if self._unsent else 0
+        self._selector.modify(self._connection, selectors.EVENT_READ | writing)
+        self._selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return self._connection.receive_now()
 
     def _line(self, line: bytes) -> Heard:
         if not self.is_foreign and self._fmt == "ascii" and not line.isascii():
@@ -566,8 +576,8 @@ class Session:
             self._connection.send(left + protocol.encode("/quit"))
 
     def shutdown(self) -> None:
-        """Break the connection off, from any thread."""
-        self._connection.shutdown()
+        """Have the server heard no more, from any thread; what is to be sent still goes out."""
+        self._connection.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
         """Give the descriptors back."""

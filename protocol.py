@@ -394,6 +394,12 @@ def is_command(line: bytes) -> bool:
     return line.startswith(b"/") and not line.startswith(b"//")
 
 
+def is_question(line: bytes) -> bool:
+    """Tell whether a line has nothing but an answer as its effect."""
+    verb = line[1:].partition(b" ")[0].decode("ascii", "replace").lower()
+    return is_command(line) and (verb in QUESTIONS or not (verb in COMMANDS or verb in ALIASES))
+
+
 def command(text: str) -> tuple[str, str] | None:
     """Split ``/verb argument`` in two; None for what is no command."""
     if not text.startswith("/") or text.startswith("//"):
@@ -430,6 +436,7 @@ COMMANDS = {
     "bans": ("/bans", "see who is banned"),
 }
 ALIASES = {"r": "reply"}
+QUESTIONS = frozenset({"help", "names", "history", "search", "bans"})  # for the answer alone
 
 
 # --- What the server sends ---------------------------------------------------
@@ -1026,6 +1033,11 @@ class Connection:
                 self._say_goodbye()
             # An SSLSocket's own shutdown would take its TLS away from the other thread.
             socket.socket.shutdown(self._sock, how)
+
+    def abort(self) -> None:
+        """End a connection to which nothing can be sent; what has come can still be read."""
+        with self._lock, contextlib.suppress(OSError):  # it has ended already
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def drain(self, deadline: float) -> None:
         """End our direction and read the other to its end, or to the deadline.

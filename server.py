@@ -33,6 +33,7 @@ Who touches what:
                         who was refused, and why (Refusals)                  its lock
     a client's own      Client: what has come and is not said yet
     any                 entries on their way (EntryLog)                      its lock
+                        the time, and numbers for connections (Stamps)       its lock
                         what waits for one client, and its end (Gate)        its lock
                         lines and times in memory (History)                  its lock
     the broadcaster     Room: names, keys, bans, who is here
@@ -57,7 +58,8 @@ and as the broadcaster sees its output; behind or full, it follows later:
 
     begin -> following -> end: gets what came before it -> released
                  |            (put out: what its socket takes at once; replaced: nothing)
-                 +-> failed: its thread finds the end of the input, and hands in its leaving
+                 +-> broken: gets nothing; its thread reads what came before it broke to the
+                             end, and hands in its leaving -> released
 """
 
 from __future__ import annotations
@@ -447,8 +449,7 @@ class Client:
         if self.name or self.output.parting is not None:
             return
         self.output.reason = line.removeprefix("-> ")
-        with contextlib.suppress(OSError):
-            self.connection.send(_encoded(line))
+        self._send(_encoded(line))
         self.cut()
 
     # At the door.
@@ -459,7 +460,7 @@ class Client:
         self._shake_hands(deadline)
         is_trusted = self.server.password.text is None
         for _ in range(TRIES):
-            self.connection.send(b"NICK\n")
+            self._send(b"NICK\n")
             line = self._next_line(deadline)
             if not is_trusted:
                 self._ask_password(deadline, _hashed_key(line))
@@ -469,7 +470,7 @@ class Client:
                 return self._claim(protocol.introduction(text))
             except Refusal as refusal:
                 self.server.refusals.add("a name refused")
-                self.connection.send(_encoded(protocol.answer(str(refusal))))
+                self._send(_encoded(protocol.answer(str(refusal))))
         raise Farewell("no name that it can have", protocol.NO_MORE_TRIES)
 
     def _shake_hands(self, deadline: float) -> None:
@@ -482,7 +483,7 @@ class Client:
 
     def _ask_password(self, deadline: float, key: str) -> None:
         for left in reversed(range(TRIES)):
-            self.connection.send(b"PASS\n")
+            self._send(b"PASS\n")
             given = self._next_line(deadline)
             with self.server.connections.aside(self, self.server.broadcaster.room):
                 since = time.monotonic()
@@ -494,7 +495,7 @@ class Client:
             self.server.refusals.add("a wrong password")
             self.gate.pause(WRONG_DELAY)
             if left:
-                self.connection.send(_encoded(protocol.WRONG_PASSWORD))
+                self._send(_encoded(protocol.WRONG_PASSWORD))
         raise Farewell("no right password", protocol.NO_MORE_PASSWORDS)
 
     def _check(self, secret: Secret, given: bytes, key: str) -> bool:
@@ -507,6 +508,11 @@ class Client:
         except Farewell as farewell:
             self.server.refusals.add(str(farewell))
             raise Refusal(protocol.TOO_MANY_GUESSES) from None
+
+    def _send(self, data: bytes) -> None:
+        """Send to one that is not in the room, who may be gone: what it said before counts."""
+        with contextlib.suppress(OSError):
+            self.connection.send(data)
 
     def _next_line(self, deadline: float) -> bytes:
         """Return the next line of one that has not joined yet."""
@@ -531,7 +537,7 @@ class Client:
         if self._telnet.answers:
             # Nothing of ours is under way to somebody who is not in the room.
             if not self.name:
-                self.connection.send(self._telnet.answers)
+                self._send(self._telnet.answers)
             else:
                 self.broadcast(Answered(self.session, [self._telnet.answers]))
             self._telnet.answers = b""
@@ -581,6 +587,8 @@ class Client:
             return
         said: list[bytes] = []
         for line in lines:
+            if self.gate.broken and protocol.is_question(line):
+                continue  # thousands of them would keep it busy for nobody
             try:
                 text = protocol.check_line(line, self._prefix, self.server.history.fmt)
             except Refusal as refusal:
@@ -625,7 +633,7 @@ class Client:
 
         At most `MAX_ANSWER`: what fills the gate alone would wait for itself.
         """
-        if lines:
+        if lines and not self.gate.broken:
             entry = Answered(self.session, [_encoded(line) for line in lines])
             size = sum(map(len, entry.lines))
             self.gate.add(len(lines), size)
@@ -690,8 +698,7 @@ class Client:
             self.server.allowances.end(self._stay, self.address, self._allowance)
             self._leave(farewell)
         elif farewell.line:
-            with contextlib.suppress(OSError):
-                self.connection.send(_encoded(farewell.line))
+            self._send(_encoded(farewell.line))
         log.info("%s left: %s", self, self.output.reason or farewell)
         self.connection.drain(time.monotonic() + LINGER)
 
@@ -1268,13 +1275,15 @@ class Gate:
     """Whether a client's thread may go on, and what waits for it alone; under its own lock.
 
     It is open while the lines for this client alone are not too many, and closed for good
-    when nothing more of its input counts: replaced, put out, failed or shut down.
+    when nothing more of its input counts: replaced, put out, a fault or shut down.  It is
+    broken when its connection is: what came before counts, and nothing is kept for it.
     """
 
-    __slots__ = ("_bytes", "_changed", "_lines", "_released", "_rung", "closed")
+    __slots__ = ("_bytes", "_changed", "_lines", "_released", "_rung", "broken", "closed")
 
     def __init__(self) -> None:
         self.closed = False  # for good
+        self.broken = False  # for good, too
         self._rung = False  # it may be worth looking again
         self._released = False  # the broadcaster never touches the client again
         self._lines = 0  # on their way to the client, or reserved for such
@@ -1289,9 +1298,9 @@ class Gate:
         return not self._is_full()
 
     def reserve(self, size: int) -> bool:
-        """Count a line of `size` bytes unless too much waits already; tell whether it was."""
+        """Count a line of `size` bytes, if it can be had and not too much waits; tell whether."""
         with self._changed:
-            if self._is_full():
+            if self.broken or self._is_full():
                 return False
             self._lines += 1
             self._bytes += size
@@ -1321,15 +1330,21 @@ class Gate:
             raise Gone
 
     def pause(self, seconds: float) -> None:
-        """Wait so long; raise `Gone` when closed meanwhile."""
+        """Wait so long; raise `Gone` when closed meanwhile, or the client cannot be reached."""
         with self._changed:
-            if self._changed.wait_for(lambda: self.closed, seconds):
+            if self._changed.wait_for(lambda: self.closed or self.broken, seconds):
                 raise Gone
 
     def wait_released(self) -> None:
         """Wait until the broadcaster has let go of the client."""
         with self._changed:
             self._changed.wait_for(lambda: self._released)
+
+    def give_up(self) -> None:
+        """Have nobody send anything any more."""
+        with self._changed:
+            self.broken = True
+            self._changed.notify_all()
 
     def release(self) -> None:
         """Let go of the client."""
@@ -2249,6 +2264,8 @@ class Output:
 
     def enqueue(self, position: int, line: bytes) -> None:
         """Put a line for this client alone behind the room's lines before a position."""
+        if self.gate.broken:
+            return
         self.gate.add(1, len(line))
         self.outbox.append((position, line))
 
@@ -2276,6 +2293,13 @@ class Output:
         """Let the client's thread find the end of its input."""
         self.gate.close()
         self.connection.shutdown(how)
+
+    def drop(self) -> None:
+        """Have nothing under way and nothing waiting any more."""
+        self.finish()
+        self.gate.remove(len(self.outbox), sum(len(line) for _, line in self.outbox))
+        self.outbox.clear()
+        self.fetching = False
 
     def release(self) -> None:
         """Let the client's thread have the socket for itself."""
@@ -2533,10 +2557,14 @@ class Broadcaster:
         """Have an output get nothing from a position on."""
         del self.outputs[output.session]
         output.reason = end.reason or output.reason
+        if output.gate.broken:
+            if end.how is not Ending.LEFT:  # its thread may still read
+                output.cut()
+            self._release(output)
+            return
         if end.how is Ending.REPLACED:
             output.parting = Parting(min(output.position, end.position))
-            output.outbox.clear()
-            output.data, output.fetching = b"", False
+            output.drop()
             output.cut()
         elif end.how is Ending.PUT_OUT:
             output.parting = Parting(end.position)
@@ -2625,7 +2653,7 @@ class Broadcaster:
 
     def _serve(self, output: Output) -> None:
         """Give a client all that follows its cursor, as far as its socket takes it."""
-        if output.released:
+        if output.released or output.gate.broken:
             return
         full = False
         try:
@@ -2642,6 +2670,8 @@ class Broadcaster:
         except Exception as error:
             self._fail(output, error)
         parting = output.parting
+        if output.gate.broken:
+            return
         if output.has_ended() or (parting is not None and full and not parting.patience):
             self._release(output)
 
@@ -2674,18 +2704,22 @@ class Broadcaster:
         output.release()
 
     def _fail(self, output: Output, error: Exception) -> None:
-        """Let a client's thread find that it cannot be served any more."""
+        """Be done with an output that cannot be served any more.
+
+        Whoever says something and closes at once breaks the connection for us before it is
+        read.  It counts all the same: the client's thread goes on to the end of the input.
+        """
         if not isinstance(error, OSError):
             log.error("session %d: a fault; it ends", output.session, exc_info=error)
+            output.gate.close()
         with contextlib.suppress(Exception):
             self._sockets.watch(output, False)
-        output.data, output.fetching = b"", False
-        output.outbox.clear()
-        output.cut()
-        if output.parting is None:
-            output.position = self.history.end
-        else:
-            output.parting.until = output.position
+        output.parting = Parting(output.position)
+        output.drop()
+        output.gate.give_up()
+        output.connection.abort()
+        if output.session not in self.outputs:  # it has left already
+            self._release(output)
 
     def _take_next(self, output: Output) -> bool:
         """Put under way what a client gets next; tell whether there is anything, for now."""

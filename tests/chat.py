@@ -141,10 +141,10 @@ class Peer:
 
     # What a peer gets.
 
-    def next_line(self) -> str:
+    def next_line(self, wanted: str = "a line") -> str:
         """Return the next line that comes; fail at the deadline and at the end."""
-        line = self._read_line()
-        assert line is not None, f"the connection was closed; unfinished: {self._input!r}"
+        line = self._read_line(wanted)
+        assert line is not None, f"closed, instead of {wanted}; unfinished: {self._input!r}"
         return line
 
     def take(self, count: int) -> bytes:
@@ -153,7 +153,7 @@ class Peer:
         self._lines.clear()
         deadline = time.monotonic() + DEADLINE
         while len(data) < count:
-            self._wait_for_bytes(deadline)
+            self._wait_for_bytes(deadline, f"{count} bytes")
             more = self.sock.recv(65536)
             assert more, f"the connection was closed behind {data!r}"
             data += more
@@ -161,10 +161,10 @@ class Peer:
         self._lines.extend(lines)
         return data[:count]
 
-    def _read_line(self) -> str | None:
+    def _read_line(self, wanted: str = "the end") -> str | None:
         deadline = time.monotonic() + DEADLINE
         while not self._lines and not self._ended:
-            self._wait_for_bytes(deadline)
+            self._wait_for_bytes(deadline, wanted)
             try:
                 data = self.sock.recv(65536)
             except ConnectionError:
@@ -174,18 +174,18 @@ class Peer:
             self._lines.extend(lines)
         return self._lines.popleft().decode("utf-8", "backslashreplace") if self._lines else None
 
-    def _wait_for_bytes(self, deadline: float) -> None:
+    def _wait_for_bytes(self, deadline: float, wanted: str) -> None:
         readable = select.select([self.sock], [], [], max(0.0, deadline - time.monotonic()))[0]
-        assert readable, f"no line came in {DEADLINE} seconds; unfinished: {self._input!r}"
+        assert readable, f"{wanted} did not come in {DEADLINE} s; unfinished: {self._input!r}"
 
     def expect(self, *lines: str) -> None:
         """Expect these lines next, exactly."""
         for line in lines:
-            assert self.next_line() == line
+            assert self.next_line(repr(line)) == line
 
     def expect_match(self, pattern: str) -> re.Match[str]:
         """Expect a line next that matches all of `pattern`."""
-        line = self.next_line()
+        line = self.next_line(repr(pattern))
         match = re.fullmatch(pattern, line)
         assert match, f"{line!r} does not match {pattern!r}"
         return match
@@ -196,9 +196,9 @@ class Peer:
 
     def lines_until(self, last: str) -> list[str]:
         """Return all lines up to `last`, with it."""
-        lines = [self.next_line()]
+        lines = [self.next_line(repr(last))]
         while lines[-1] != last:
-            lines.append(self.next_line())
+            lines.append(self.next_line(repr(last)))
         return lines
 
     def lines(self, count: int) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +18,8 @@ from clients import Talk, chatting, enter, flush, greet, pretended, read_line, r
 
 import client
 import protocol
-from client import ChatClient
+from client import ChatClient, Notice
+from protocol import Line
 
 MEMORY = 60_000  # KiB that a client may take, whatever comes
 FUZZED = 150  # connections
@@ -190,6 +192,42 @@ def test_goodbye_that_nobody_asked_for() -> None:
         chat.send("hello")
         flush(chat)
     assert len(tries) > 1
+
+
+def test_last_words_before_a_reset() -> None:
+    """What a server said before it broke the connection is heard, though something was to be sent.
+
+    The server that has kicked us may have read no more of us.
+    """
+    is_busy, may_go_on = threading.Event(), threading.Event()
+
+    def talk(sock: socket.socket) -> None:
+        greet(sock, b"bob: first\n")
+        assert is_busy.wait(DEADLINE)
+        sock.sendall(b"bob: last\n-> you were kicked by bob\n")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        may_go_on.set()
+
+    def show(item: Line | Notice) -> None:
+        shown.append(str(item))
+        if shown[-1] == "bob: first":
+            is_busy.set()
+            assert may_go_on.wait(DEADLINE)
+
+    shown: list[str] = []
+    with pretended(talk) as port:
+        chat = ChatClient("alice", port=port, show=show)
+        chat.connect()
+        chat.start()
+        assert is_busy.wait(DEADLINE)
+        chat.send("hello")
+        wait_until(lambda: bool(chat.reason), "the client to end")
+        chat.leave()
+    assert chat.reason == "you were kicked by bob"
+    assert chat.failed == 1
+    assert shown[-3:-1] == ["bob: last", "-> you were kicked by bob"]
+    assert "not sent again: hello" in shown[-1]
 
 
 LINES = [

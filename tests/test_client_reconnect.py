@@ -17,7 +17,8 @@ from proxy import CHUNK, CLOSE, DOWN, GHOST, RESET, STALL, UP, Direction, Fault,
 import client
 import protocol
 import server
-from client import ChatClient
+from client import ChatClient, Notice
+from protocol import Connection, Line
 from server import ChatServer
 
 LINES = ["one", "/me nods", "//three", "one"]  # the same twice: a receipt is for one of them
@@ -461,6 +462,40 @@ def test_long_answer_is_the_answer_to_one_command() -> None:
                 chat.send(line)
             flush(chat)
             bob.expect("* alice joined the chat", "* alice is now rob", "rob: hello")
+
+
+def test_leaving_while_the_screen_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A goodbye that could not be sent in time is sent when it can be: no place is kept."""
+    monkeypatch.setattr(client, "LEAVE_TIMEOUT", 0.05)
+    may_go_on, given_up = threading.Event(), threading.Event()
+    shutdown = Connection.shutdown
+
+    def show(item: Line | Notice) -> None:
+        if str(item) == "bob: hello":
+            assert may_go_on.wait(DEADLINE)
+
+    def give_up(connection: Connection, how: int = socket.SHUT_RDWR) -> None:
+        shutdown(connection, how)
+        given_up.set()
+
+    with run_chat() as room:
+        bob = Peer(room.port).join("bob")
+        chat = ChatClient("alice", port=room.port, show=show)
+        chat.connect()
+        chat.start()
+        bob.expect("* alice joined the chat")
+        bob.send("hello")
+        bob.expect("bob: hello")
+        monkeypatch.setattr(Connection, "shutdown", give_up)
+        leaving = threading.Thread(target=chat.leave)
+        leaving.start()
+        assert given_up.wait(DEADLINE)
+        may_go_on.set()
+        leaving.join()
+        wait_until(lambda: not chat._receiver.is_alive(), "the receiver to end")
+        wait_until(lambda: len(room.clients) == 1, "the connection to be gone")
+        assert room.names == ["bob"]
+        chat.close()
 
 
 def test_leaving_while_away() -> None:

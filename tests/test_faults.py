@@ -22,6 +22,7 @@ from chat import (
     crowd,
     hand_in,
     is_away,
+    kick,
     no_leaks,
     pair,
     room_lines,
@@ -31,6 +32,7 @@ from chat import (
     stopping,
     wait_until,
 )
+from trust import TlsPeer, make_certificate
 
 import protocol
 import server as server_module
@@ -41,6 +43,7 @@ from server import (
     Banned,
     ChatServer,
     Claim,
+    Client,
     Kicked,
     Left,
     Lost,
@@ -287,6 +290,107 @@ def test_fifty_may_vanish_at_once(room: ChatServer) -> None:
         ghost.vanish()
     assert sorted(alice.lines(50)) == sorted(map(protocol.left, names))
     alice.expect_nothing()
+
+
+def reading_late(monkeypatch: pytest.MonkeyPatch, name: str) -> threading.Event:
+    """Have somebody's thread wait before it begins to read, for the event that is returned."""
+    read, may_read = Client.read, threading.Event()
+
+    def late(client: Client) -> None:
+        if client.name == name:
+            assert may_read.wait(DEADLINE)
+        read(client)
+
+    monkeypatch.setattr(Client, "read", late)
+    return may_read
+
+
+def break_off(ghost: Peer, alice: Peer, output: Output) -> None:
+    """Close somebody's end, and have others talk until nothing can be sent to it any more."""
+    ghost.close()
+
+    def is_broken() -> bool:
+        alice.send("are you there")
+        return output.gate.broken
+
+    wait_until(is_broken, "the connection to be found broken")
+
+
+@pytest.mark.parametrize("inside_tls", [False, True], ids=["plain", "tls"])
+def test_what_was_said_before_a_broken_connection_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside_tls: bool
+) -> None:
+    """Somebody who talks and closes at once has said it, and has left of their own will."""
+    certificate = make_certificate(tmp_path) if inside_tls else None
+    may_read = reading_late(monkeypatch, "ghost")
+    with run_chat(tls=certificate.server() if certificate else None) as room:
+        alice, ghost = (
+            TlsPeer(room.port, certificate) if certificate else Peer(room.port) for _ in range(2)
+        )
+        alice.join("alice")
+        ghost.introduce(f"ghost -0 {KEY}")
+        alice.expect("* ghost joined the chat")
+        ghost.send("one", "/me waves", "/msg alice psst", "two", "/quit")
+        break_off(ghost, alice, room.broadcaster.outputs[session_of(room, "ghost")])
+        may_read.set()
+        lines = alice.lines_until("* ghost left the chat")
+        assert [line for line in lines if line != "alice: are you there"] == [
+            "ghost: one",
+            "** ghost waves",
+            "[from ghost] psst",
+            "ghost: two",
+            "* ghost left the chat",
+        ]
+
+
+def test_what_is_said_to_a_broken_connection_waits_nowhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is kept for somebody who cannot be reached; a kick ends what they say."""
+    may_read = reading_late(monkeypatch, "ghost")
+    with run_chat() as room:
+        alice = Peer(room.port).join("alice")
+        ghost = Peer(room.port).join("ghost")
+        alice.expect("* ghost joined the chat")
+        ghost.send("boo")
+        output = room.broadcaster.outputs[session_of(room, "ghost")]
+        break_off(ghost, alice, output)
+        alice.send("/msg ghost psst")
+        alice.expect_eventually("-> not sent: ghost is not reading; try again later")
+        hand_in(room, *[Answered(output.session, [b"-> x\n"])] * 3)
+        kick(room, "ghost", "alice", "")
+        alice.expect_eventually("* ghost was kicked by alice")
+        alice.expect("-> ghost was put out")
+        assert not output.outbox
+        may_read.set()
+        wait_until(lambda: len(room.clients) == 1, "its thread to end")
+        alice.expect_nothing()
+
+
+@pytest.mark.parametrize("way", ["reset", "close"])
+def test_who_answers_all_questions_and_is_gone_was_here(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """What comes with the answers at the door counts, though nobody is there to be asked."""
+    next_line, gone = Client._next_line, threading.Event()
+
+    def late(client: Client, deadline: float) -> bytes:
+        line = next_line(client, deadline)
+        if line == b"ghost":
+            assert gone.wait(DEADLINE)
+        return line
+
+    with run_chat(password="sesame") as room:
+        alice = Peer(room.port).introduce("alice")
+        alice.expect("PASS")
+        alice.send("sesame").expect_eventually("* alice joined the chat")
+        monkeypatch.setattr(Client, "_next_line", late)
+        ghost = Peer(room.port)
+        ghost.expect("NICK")
+        ghost.send("ghost", "sesame", "boo")
+        ghost.vanish() if way == "reset" else ghost.close()
+        gone.set()
+        alice.expect("* ghost joined the chat", "ghost: boo", "* ghost left the chat")
 
 
 class Disk:

@@ -96,9 +96,9 @@ class TlsPeer(Peer):
         super().__init__(port, source=source, buffer=buffer)
         self.sock = certificate.client().wrap_socket(self.sock, server_hostname="127.0.0.1")
 
-    def _wait_for_bytes(self, deadline: float) -> None:
+    def _wait_for_bytes(self, deadline: float, wanted: str) -> None:
         if not self.sock.pending():  # what is decrypted already, no descriptor tells of
-            super()._wait_for_bytes(deadline)
+            super()._wait_for_bytes(deadline, wanted)
 
 
 class OneAtATime:
