@@ -33,7 +33,7 @@ Who touches what:
                         who was refused, and why (Refusals)                  its lock
     a client's own      Client: what has come and is not said yet
     any                 entries on their way (EntryLog)                      its lock
-                        the time, and numbers for connections (Stamps)       its lock
+                        the time (Stamps)                                    its lock
                         what waits for one client, and its end (Gate)        its lock
                         lines and times in memory (History)                  its lock
     the broadcaster     Room: names, keys, bans, who is here
@@ -201,8 +201,8 @@ class Farewell(Exception):
         self.for_good = for_good
 
     @property
-    def is_refusal(self) -> bool:
-        """Whether somebody is told why it has to go; who leaves of its own will is not."""
+    def turns_away(self) -> bool:
+        """Whether somebody is told why they have to go; who leaves of their own will is not."""
         return bool(self.line) and not self.for_good
 
 
@@ -705,7 +705,7 @@ class Client:
     def _count(self, farewell: Farewell) -> None:
         """Count somebody who was refused or turned away."""
         reason = "" if self.name else self.output.reason.partition(";")[0]
-        if farewell.is_refusal:
+        if farewell.turns_away:
             reason = str(farewell).partition(":")[0]  # without what TLS has to say of itself
         if reason:
             self.server.refusals.add(reason)
