@@ -16,9 +16,9 @@ it off in the end; `write` reads what the user types and leaves it in `Outgoing`
 `receive` to send.  Each line stays there until the room has broadcast it, so a
 connection that breaks loses nothing and says nothing twice.
 
-Four things live for as long as their names say, and nothing in them is ever set
-back: the lines that are `Outgoing`, our `Place` in the room, an `Absence` from it
-and a `Session`, which is one connection.  `ChatClient` has one of each.
+Four things live for as long as their names say, and each new one begins anew: the
+lines that are `Outgoing`, our `Place` in the room, an `Absence` from it and a
+`Session`, which is one connection.  `ChatClient` has one of each.
 """
 
 from __future__ import annotations
@@ -666,7 +666,11 @@ class Entrance:
 def _reach(host: str, port: int, waker: Waker, leaving: threading.Event) -> socket.socket:
     """Return a socket that is connected to one of a host's addresses, the first that answers."""
     failure = OSError(f"{host} has no address")
-    for family, kind, number, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError:  # such as a..b
+        raise socket.gaierror(socket.EAI_NONAME, f"{host} is no name of a host") from None
+    for family, kind, number, _, address in found:
         try:
             sock = socket.socket(family, kind, number)
         except OSError as error:  # a family that the system does not have
@@ -864,6 +868,8 @@ class ChatClient:
                         self._exchange(self._next_look())
                         self._look_at_server()
                 except OSError:
+                    if self._leaving.is_set():
+                        break  # with a goodbye: `leave` may have broken it off
                     self._disconnect()
                 if not self._leaving.is_set():
                     self._come_back()
@@ -902,6 +908,7 @@ class ChatClient:
         """Say goodbye and end the conversation; return what was typed and never sent."""
         if not self._leaving.is_set():
             self.outgoing.end()
+            self._inbox.end()
             self.outgoing.add(typed("/quit"))
             self._leaving.set()
             self._waker.wake()
@@ -1874,8 +1881,8 @@ class ReadlineTerminal(Terminal):
     line by the main thread, in a signal handler: readline's own functions take
     the line off the screen and put it back, cursor and all.  Without them (libedit,
     Windows) it is printed by the thread that brings it, and the line written again.
-    All below is set by the main thread, but for `_waiting`, `_shown` and, by who has
-    `_printing`, `_showing`; who shows reads it.
+    All below is set by the main thread, but for `_waiting`, `_shown` and, without those
+    functions, `_showing`, which is then of who has `_printing`; who shows reads it.
     """
 
     def __init__(self, look: Look) -> None:
@@ -1887,6 +1894,7 @@ class ReadlineTerminal(Terminal):
         # Without readline's functions, lets one thread at a time print and take from `_waiting`.
         self._printing = threading.RLock()
         self._showing = False  # a signal's handler leaves it to what it interrupts
+        self._was_stopped = False  # in the middle of showing
         self._input: _Input | None = None  # what is asked for now
         signal.signal(signal.SIGINT, self._on_interrupt)
         self._hear_signals()
@@ -2077,6 +2085,10 @@ class ReadlineTerminal(Terminal):
         finally:  # Ctrl-C can come in between
             self._showing = False
             self._shown.set()
+        if library and self._was_stopped:  # perhaps just when the line had been put back
+            self._was_stopped = False
+            library.hide()
+            library.unhide(self._prompt())
 
     def _show_plainly(self) -> None:
         """Print what waits without readline's functions; in any thread."""
@@ -2146,6 +2158,7 @@ class ReadlineTerminal(Terminal):
                 self._library.give_terminal_back()
                 self.hush()
                 self._library.take_terminal()
+                self._was_stopped = is_between
                 if not is_between:
                     self._write("\r\x1b[K")
                     self._library.unhide(self._prompt())
@@ -2154,7 +2167,7 @@ class ReadlineTerminal(Terminal):
     def _alone(self) -> Iterator[bool]:
         """Show nothing meanwhile; tell whether what is shown now was interrupted for it.
 
-        Then the half-typed line is off the screen, and is put back by who took it off.
+        Then whether the half-typed line is on the screen is for the interrupted to say.
         """
         before, self._showing = self._showing, True
         try:

@@ -12,9 +12,9 @@ Bytes go in and lines come out; a line goes in and says what it is::
     >>> str(parse("alice: hello"))
     'alice: hello'
 
-All that the server says is worded here, and bytes become text, and text bytes,
-here alone.  Nothing here touches a socket, a thread or a clock, but for what both
-programs read off their command lines and for `Connection`, which stand last and apart.
+All that the server says is worded here, and what bytes may be text is decided here.
+Nothing here touches a socket, a thread or a clock, but for what both programs read off
+their command lines and for `Connection`, which stand last and apart.
 """
 
 from __future__ import annotations
@@ -394,10 +394,11 @@ def is_command(line: bytes) -> bool:
     return line.startswith(b"/") and not line.startswith(b"//")
 
 
-def is_question(line: bytes) -> bool:
-    """Tell whether a line has nothing but an answer as its effect."""
-    verb = line[1:].partition(b" ")[0].decode("ascii", "replace").lower()
-    return is_command(line) and (verb in QUESTIONS or not (verb in COMMANDS or verb in ALIASES))
+def is_question(line: bytes, prefix: bytes) -> bool:
+    """Tell whether a client's line has an answer as its only effect, whatever else it is."""
+    match = re.match(rb"/(\w*)(?: |$)", without_name(line, prefix))
+    verb = match[1].decode("ascii").lower() if match else "me"
+    return verb in QUESTIONS or not (verb in COMMANDS or verb in ALIASES)
 
 
 def command(text: str) -> tuple[str, str] | None:
@@ -1027,7 +1028,10 @@ class Connection:
                 return 0
 
     def shutdown(self, how: int = socket.SHUT_RDWR) -> None:
-        """End the connection from any thread; it wakes the one that waits in `receive`."""
+        """End the connection, or a direction, from any thread.
+
+        Who waits in `receive` finds the end at once, but for an end of the output alone.
+        """
         with self._lock, contextlib.suppress(OSError):  # it may have ended already
             if how != socket.SHUT_RD:
                 self._say_goodbye()
@@ -1035,7 +1039,7 @@ class Connection:
             socket.socket.shutdown(self._sock, how)
 
     def abort(self) -> None:
-        """End a connection to which nothing can be sent; what has come can still be read."""
+        """End a connection to which nothing can be sent; on Linux what has come can be read."""
         with self._lock, contextlib.suppress(OSError):  # it has ended already
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 

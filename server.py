@@ -7,7 +7,8 @@ or, from Python::
     with ChatServer(port=0) as server:
         print("listening on port", server.port)
 
-The way of a message, in the order in which the functions stand below:
+The way of a message, in the order in which it takes it and, but for the last but one, in
+which the functions stand below:
 
     ChatServer.receive          accepts a connection and starts its thread, which runs
     ChatServer.handle           from the first byte to the last:
@@ -58,8 +59,8 @@ and as the broadcaster sees its output; behind or full, it follows later:
 
     begin -> following -> end: gets what came before it -> released
                  |            (put out: what its socket takes at once; replaced: nothing)
-                 +-> broken: gets nothing; its thread reads what came before it broke to the
-                             end, and hands in its leaving -> released
+                 +-> broken: gets nothing; its thread reads on to the end, for a while,
+                             and hands in its leaving -> released
 """
 
 from __future__ import annotations
@@ -272,7 +273,11 @@ class ChatServer:
         self._receiver = threading.Thread(target=self.receive, name="receive", daemon=True)
 
     def __enter__(self) -> ChatServer:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # such as a system that has no thread left
+            self.stop()
+            raise
         return self
 
     def __exit__(
@@ -356,7 +361,8 @@ class ChatServer:
         except Farewell as error:
             farewell = error
         except Gone:
-            farewell = Farewell("the server ended it")
+            why = "its connection broke" if client.gate.broken else "the server ended it"
+            farewell = Farewell(why)
         except OSError as error:
             farewell = Farewell(str(error))
         except Exception:
@@ -382,7 +388,7 @@ class ChatServer:
 
     def _stop(self) -> None:
         self._waker.wake()
-        self._receiver.join()
+        join(self._receiver)
         self._listener.close()
         self.broadcaster.stop()
         for client in self.clients:
@@ -396,6 +402,12 @@ class ChatServer:
     def _stop_aside(self) -> None:
         """Stop, in a thread of its own: for one of those that have to end."""
         threading.Thread(target=self.stop, name="stop", daemon=True).start()
+
+
+def join(thread: threading.Thread, timeout: float | None = None) -> None:
+    """Wait for the end of a thread, if it was ever started."""
+    if thread.ident is not None:
+        thread.join(timeout)
 
 
 def _listen_on(host: str, port: int) -> socket.socket:
@@ -463,7 +475,7 @@ class Client:
             self._send(b"NICK\n")
             line = self._next_line(deadline)
             if not is_trusted:
-                self._ask_password(deadline, _hashed_key(line))
+                deadline = self._ask_password(deadline, _hashed_key(line))
                 is_trusted = True
             try:
                 text = protocol.decode(line, self.server.history.fmt)
@@ -481,19 +493,21 @@ class Client:
         except TimeoutError:
             raise Farewell("no TLS in time", protocol.WANTS_TLS) from None
 
-    def _ask_password(self, deadline: float, key: str) -> None:
+    def _ask_password(self, deadline: float, key: str) -> float:
+        """Ask until it is right, and return the deadline: our own waiting is not theirs."""
         for left in reversed(range(TRIES)):
             self._send(b"PASS\n")
             given = self._next_line(deadline)
             with self.server.connections.aside(self, self.server.broadcaster.room):
                 since = time.monotonic()
                 is_right = self._check(self.server.password, given, key)
-                deadline += time.monotonic() - since  # our own waiting is not theirs
+                if not is_right:
+                    log.warning("%s gave a wrong password", self)
+                    self.server.refusals.add("a wrong password")
+                    self.gate.pause(WRONG_DELAY)
+                deadline += time.monotonic() - since
             if is_right:
-                return
-            log.warning("%s gave a wrong password", self)
-            self.server.refusals.add("a wrong password")
-            self.gate.pause(WRONG_DELAY)
+                return deadline
             if left:
                 self._send(_encoded(protocol.WRONG_PASSWORD))
         raise Farewell("no right password", protocol.NO_MORE_PASSWORDS)
@@ -587,7 +601,7 @@ class Client:
             return
         said: list[bytes] = []
         for line in lines:
-            if self.gate.broken and protocol.is_question(line):
+            if self.gate.broken and protocol.is_question(line, self._prefix):
                 continue  # thousands of them would keep it busy for nobody
             try:
                 text = protocol.check_line(line, self._prefix, self.server.history.fmt)
@@ -734,7 +748,8 @@ class Connections:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._all: dict[Client, None] = {}  # in the order in which they came
-        self._unnamed: dict[Client, None] = {}  # those of them that have not joined
+        # Those of them that are at the door and owe us an answer, in the order since when.
+        self._unnamed: dict[Client, None] = {}
         self._addresses: Counter[str] = Counter()
         self._claiming: set[Client] = set()  # those of them that ask for a place in the room
         # Guards all of the above; notified when a connection has ended.
@@ -846,7 +861,7 @@ class Connections:
 class Allowance:
     """A right to so many things a second after a burst of them at once; rate 0 is no limit.
 
-    Whoever uses it up is one thread; how much is left any may read, and go on with a
+    One thread at a time uses it up; how much is left any may read, and go on with a
     `successor` of its own.
     """
 
@@ -859,7 +874,7 @@ class Allowance:
         """Return how many of what is wanted may pass now."""
         if not self.rate:
             return wanted
-        left = self.now()
+        left = self.left()
         drawn = min(wanted, int(left))
         self._state = (left - drawn, time.monotonic())
         return drawn
@@ -870,15 +885,15 @@ class Allowance:
 
     def is_full(self) -> bool:
         """Tell whether it is as good as a new one."""
-        return not self.rate or self.now() >= self.burst
+        return not self.rate or self.left() >= self.burst
 
     def successor(self) -> Allowance:
         """Return one that goes on where this one is."""
         other = Allowance(self.rate, self.burst)
-        other._state = (self.now(), time.monotonic())
+        other._state = (self.left(), time.monotonic())
         return other
 
-    def now(self) -> float:
+    def left(self) -> float:
         """Return how many may pass now, and a part of the next."""
         left, since = self._state
         return min(float(self.burst), left + (time.monotonic() - since) * self.rate)
@@ -910,7 +925,7 @@ class Allowances:
             known = self._of_stays.get(stay)
             if known is None:
                 left = self._of_gone.get(address)
-                known = min(left, key=Allowance.now) if left else Allowance(self.rate)
+                known = min(left, key=Allowance.left) if left else Allowance(self.rate)
                 if left:
                     left.remove(known)
             self._of_stays[stay] = known.successor()
@@ -926,6 +941,7 @@ class Allowances:
 
     def _forget_full(self) -> None:
         """Forget allowances that are as good as new ones, in use or not."""
+        assert self._lock.locked()
         self._of_stays = {n: one for n, one in self._of_stays.items() if not one.is_full()}
         kept = {a: [one for one in left if not one.is_full()] for a, left in self._of_gone.items()}
         self._of_gone = {address: left for address, left in kept.items() if left}
@@ -1276,16 +1292,20 @@ class Gate:
 
     It is open while the lines for this client alone are not too many, and closed for good
     when nothing more of its input counts: replaced, put out, a fault or shut down.  It is
-    broken when its connection is: what came before counts, and nothing is kept for it.
+    broken when its connection is: nothing is kept for it, and what came before counts as
+    far as the allowance goes in the time for which a place is kept.
     """
 
-    __slots__ = ("_bytes", "_changed", "_lines", "_released", "_rung", "broken", "closed")
+    __slots__ = (
+        "_bytes", "_changed", "_ends_at", "_lines", "_rung", "broken", "closed", "released",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.closed = False  # for good
         self.broken = False  # for good, too
+        self._ends_at = math.inf  # when it is too late for what came before it broke
         self._rung = False  # it may be worth looking again
-        self._released = False  # the broadcaster never touches the client again
+        self.released = False  # the broadcaster never touches the client again
         self._lines = 0  # on their way to the client, or reserved for such
         self._bytes = 0
         # Guards all changes; notified when rung, closed or released.
@@ -1330,26 +1350,28 @@ class Gate:
             raise Gone
 
     def pause(self, seconds: float) -> None:
-        """Wait so long; raise `Gone` when closed meanwhile, or the client cannot be reached."""
+        """Wait so long; raise `Gone` when closed meanwhile, or when it will be too late."""
+        end = time.monotonic() + seconds
         with self._changed:
-            if self._changed.wait_for(lambda: self.closed or self.broken, seconds):
+            if self._changed.wait_for(lambda: self.closed or end > self._ends_at, seconds):
                 raise Gone
 
     def wait_released(self) -> None:
         """Wait until the broadcaster has let go of the client."""
         with self._changed:
-            self._changed.wait_for(lambda: self._released)
+            self._changed.wait_for(lambda: self.released)
 
-    def give_up(self) -> None:
+    def break_off(self) -> None:
         """Have nobody send anything any more."""
         with self._changed:
             self.broken = True
+            self._ends_at = time.monotonic() + HELD
             self._changed.notify_all()
 
     def release(self) -> None:
         """Let go of the client."""
         with self._changed:
-            self._released = True
+            self.released = True
             self._changed.notify_all()
 
     def ring(self) -> None:
@@ -2237,13 +2259,13 @@ class Parting:
 class Output:
     """What one client gets of the room: its cursor and what is under way to it.
 
-    The broadcaster's own from the client's `Begin` until it is `released`.  The gate is
+    The broadcaster's own from the client's `Begin` until its gate is `released`.  The gate is
     for others too, and before `Begin` a client that is turned away has its reason here.
     """
 
     __slots__ = (
         "connection", "data", "fetching", "gate", "in_flight", "outbox", "parting", "position",
-        "reason", "released", "sent", "session", "watched", "whispers",
+        "reason", "sent", "session", "watched", "whispers",
     )  # fmt: skip
 
     def __init__(self, session: int, connection: Connection) -> None:
@@ -2260,7 +2282,6 @@ class Output:
         self.watched = False  # its socket is full; the selector tells when it is not
         self.parting: Parting | None = None  # it leaves
         self.reason = ""  # why the room ended it, for the console
-        self.released = False  # the broadcaster never touches it again
 
     def enqueue(self, position: int, line: bytes) -> None:
         """Put a line for this client alone behind the room's lines before a position."""
@@ -2301,11 +2322,6 @@ class Output:
         self.outbox.clear()
         self.fetching = False
 
-    def release(self) -> None:
-        """Let the client's thread have the socket for itself."""
-        self.released = True
-        self.gate.release()
-
 
 class Broadcaster:
     """One thread that applies entries to the room and sends everyone what follows.
@@ -2329,7 +2345,6 @@ class Broadcaster:
         self._due: set[Output] = set()  # whom the next round serves, new lines or not
         self._parting: set[Output] = set()  # who gets what was said before they left, and no more
         self._claims: dict[int, Output] = {}  # by session, who asks for a place in this round
-        self._outcomes: list[Outcome] = []  # to be settled when the round has ended
         # All before this position was offered to every client; while it is under the
         # history's end, a round is due.
         self._offered = history.end
@@ -2348,12 +2363,12 @@ class Broadcaster:
         self.entries.close()
         self._stop_at = time.monotonic() + STOP_DELIVER
         self._sockets.waker.wake()
-        self._thread.join(STOP_WAIT)
+        join(self._thread, STOP_WAIT)
         self.history.give_up()
         self._pager.end()
         # A disk that does not answer must not hold up the end; its threads end with the process.
         for thread in self._thread, self._pager.thread:
-            thread.join(self._stop_at + STOP_GRACE - time.monotonic())
+            join(thread, self._stop_at + STOP_GRACE - time.monotonic())
         self.entries.stop()
 
     def close(self) -> None:
@@ -2388,7 +2403,7 @@ class Broadcaster:
             self._say_goodbye()
             self._serve_due()
         for output in self._following:
-            output.release()
+            output.gate.release()
         for handed in self.entries.take():  # no round will come to it
             if handed.outcome is not None:
                 handed.outcome.verdict = Verdict(error=Gone())
@@ -2441,10 +2456,7 @@ class Broadcaster:
                 self._end_dead()
             self._log_said(start or self.history.end)  # 0: a shared history had not begun
         finally:
-            self._following = [o for o in self._following if not o.released]
-            outcomes, self._outcomes = self._outcomes, []
-            for outcome in outcomes:
-                outcome.settle()
+            self._following = [o for o in self._following if not o.gate.released]
             # Last: what counts against the flood's brake is what was served.
             self.entries.end_round()
 
@@ -2456,9 +2468,7 @@ class Broadcaster:
         if self._pager.pages:
             self._take_pages()
         batch = self.entries.take()
-        outcomes = [(handed.entry, handed.outcome) for handed in batch if handed.outcome]
-        # Who leaves closes the socket, and waits for the end of the round; who joins must not.
-        self._outcomes += (outcome for entry, outcome in outcomes if is_leaving(entry))
+        outcomes = [handed.outcome for handed in batch if handed.outcome]
         self._claims = {handed.output.session: handed.output for handed in batch if handed.output}
         if self.entries.until(self.room.deadline) <= 0:
             batch.append(Handed(Passed(self.entries.now())))
@@ -2467,9 +2477,8 @@ class Broadcaster:
                 self._apply(batch)
             finally:
                 self._count_out(batch)
-                for entry, outcome in outcomes:
-                    if not is_leaving(entry):
-                        outcome.settle()
+                for outcome in outcomes:
+                    outcome.settle()
         if self._stop_at < math.inf and not self.entries:
             self._say_goodbye()
 
@@ -2623,8 +2632,8 @@ class Broadcaster:
         room_end = self.history.end
         position, data, end = -1, b"", -1  # where the one before stood, and what it got
         for output in outputs:
-            if output.data or output.outbox or output.parting is not None:
-                if not output.watched and not output.released:
+            if output.data or output.outbox or output.parting or output.gate.broken:
+                if not output.watched and not output.gate.released:
                     self._due.add(output)
                 continue
             if output.position != position:
@@ -2653,7 +2662,7 @@ class Broadcaster:
 
     def _serve(self, output: Output) -> None:
         """Give a client all that follows its cursor, as far as its socket takes it."""
-        if output.released or output.gate.broken:
+        if output.gate.released or output.gate.broken:
             return
         full = False
         try:
@@ -2669,9 +2678,8 @@ class Broadcaster:
             self._sockets.watch(output, full)
         except Exception as error:
             self._fail(output, error)
-        parting = output.parting
-        if output.gate.broken:
             return
+        parting = output.parting
         if output.has_ended() or (parting is not None and full and not parting.patience):
             self._release(output)
 
@@ -2694,30 +2702,29 @@ class Broadcaster:
         """Let go of an output for good: its socket is its thread's to close."""
         with contextlib.suppress(Exception):
             self._sockets.watch(output, False)
-        if output.reason and not output.gate.closed:
-            output.gate.close()
         if output.parting is not None and output.gate.closed:
             # The client's last word is in its socket; now its thread may find the end.
             output.connection.shutdown(socket.SHUT_RD)
         self._due.discard(output)
         self._parting.discard(output)
-        output.release()
+        output.gate.release()
 
     def _fail(self, output: Output, error: Exception) -> None:
         """Be done with an output that cannot be served any more.
 
         Whoever says something and closes at once breaks the connection for us before it is
-        read.  It counts all the same: the client's thread goes on to the end of the input.
+        read.  It counts all the same: the client's thread goes on to the end of the input, but
+        no longer than a place is kept for somebody, or a ghost would talk for hours.
         """
         if not isinstance(error, OSError):
             log.error("session %d: a fault; it ends", output.session, exc_info=error)
             output.gate.close()
         with contextlib.suppress(Exception):
             self._sockets.watch(output, False)
-        output.parting = Parting(output.position)
         output.drop()
-        output.gate.give_up()
-        output.connection.abort()
+        output.gate.break_off()
+        if not isinstance(error, ConnectionError):  # which its thread finds by itself
+            output.connection.abort()
         if output.session not in self.outputs:  # it has left already
             self._release(output)
 
@@ -4760,7 +4767,7 @@ class SharedLog(EntryLog):
                 one.outcome.verdict = Verdict(error=_no_admission() if is_claim else Gone())
                 one.outcome.settle()
 
-    def wait(self, what: str, claims: Iterable[Handed] = ()) -> None:
+    def hold_up(self, what: str, claims: Iterable[Handed] = ()) -> None:
         """Tell people that the room waits for something; nobody comes in meanwhile.
 
         Of the `claims` that are under way nobody knows yet: who made them waits on.
@@ -4827,7 +4834,7 @@ class Scribe:
         """Say that this server ends, if the database is there, and tell whether the thread did."""
         self._ending.set()
         self._waker.wake()
-        self._thread.join(STOP_CLOSE)
+        join(self._thread, STOP_CLOSE)
         return not self._thread.is_alive()
 
     # The thread.
@@ -4932,7 +4939,7 @@ class Scribe:
         since = self._silent_since
         if since is not None and not self._has_told and time.monotonic() - since >= TELL_WAITING:
             self._has_told = True
-            self._shared.wait("the database", self._follower.under_way)
+            self._shared.hold_up("the database", self._follower.under_way)
 
     def _be_well(self) -> None:
         """Know that the database has answered."""
@@ -5050,7 +5057,7 @@ class Keeper:
     def stop(self) -> None:
         """End the thread, or leave it to its end."""
         self._ending.set()
-        self._thread.join(STOP_CLOSE)
+        join(self._thread, STOP_CLOSE)
 
     def _learn(self, number: int, position: int) -> None:
         """Know of a point."""
@@ -5084,7 +5091,7 @@ class Keeper:
         if self._is_failing:
             self._database.close()
             if self._history.is_full():
-                self._shared.wait("a point")
+                self._shared.hold_up("a point")
 
     def _is_due(self, room: Room, age: float) -> bool:
         rounds, lines = room.progress.number - self._last, room.end - self._position

@@ -112,6 +112,7 @@ def pretended(talk: Talk) -> Iterator[int]:
             sock, _ = listener.accept()
             with sock, suppress(OSError):
                 sock.settimeout(DEADLINE)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for who resets it
                 if not stopping.is_set():
                     talk(sock)
                     sock.shutdown(socket.SHUT_WR)

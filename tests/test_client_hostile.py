@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from chat import DEADLINE, no_leaks, wait_until
+from chat import DEADLINE, Peer, no_leaks, run_chat, wait_until
 from clients import Talk, chatting, enter, flush, greet, pretended, read_line, read_to_end, start
 
 import client
@@ -174,6 +174,50 @@ def test_replay_without_end() -> None:
         process.kill()
     assert peak
     assert int(peak[1]) < MEMORY
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_goodbye_to_a_server_that_answers_late(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """What keeps a client from sending its goodbye does not keep it from saying it in the end."""
+    monkeypatch.setattr(client, "LEAVE_TIMEOUT", 0.1)
+    heard: list[bytes] = []
+
+    def talk(sock: socket.socket) -> None:
+        if answers:
+            greet(sock)
+        else:
+            enter(sock)
+        with suppress(ConnectionError):
+            while True:
+                heard.append(read_line(sock))
+
+    with pretended(talk) as port, chatting(port) as (chat, shown):
+        shown.wait_for("Welcome")
+        if answers:
+            chat.send("/nick rob")
+            wait_until(lambda: bool(heard), "the command to be sent")
+        chat.leave()
+        wait_until(lambda: b"/quit" in heard, "the goodbye")
+    assert heard == ([b"alice: /nick rob"] if answers else []) + [b"/quit"]
+
+
+def test_leaving_while_nobody_reads_on() -> None:
+    """Who stopped iterating, with as much unread as is kept, can leave, and says goodbye."""
+    with run_chat() as room:
+        chat = ChatClient("alice", port=room.port)
+        chat.connect()
+        chat.start()
+        bob = Peer(room.port).join("bob")
+        lines = iter(chat)
+        bob.send("hello")
+        next(lines)
+        bob.send(*["x"] * 2 * client.MAX_WAITING)
+        wait_until(lambda: len(chat._inbox._lines) >= client.MAX_WAITING, "as much to be unread")
+        chat.leave()
+        bob.expect_eventually("* alice left the chat")
+        assert not chat._receiver.is_alive()
 
 
 def test_goodbye_that_nobody_asked_for() -> None:

@@ -96,12 +96,17 @@ def test_no_server_of_several() -> None:
     assert re.search(r"no server on 127.0.0.1 port \d+ or 127.0.0.1 port \d+;", done.stderr)
 
 
-def test_next_server_when_one_is_lost() -> None:
-    """A client whose server goes comes back at the next one, and says there what waits."""
+@pytest.mark.parametrize("between", ["", "b..ad,"])
+def test_next_server_when_one_is_lost(between: str) -> None:
+    """A client whose server goes comes back at the next one, and says there what waits.
+
+    What is no name of a host is passed over.
+    """
     servers = ChatServer(port=0), ChatServer(port=0)
     with servers[0] as first, servers[1] as second, Proxy(first.port) as proxy:
         shown = Shown()
-        chat = ChatClient("alice", f"{HOST}:{proxy.port},{HOST}:{second.port}", show=shown)
+        hosts = f"{HOST}:{proxy.port},{between}{HOST}:{second.port}"
+        chat = ChatClient("alice", hosts, show=shown)
         chat.connect()
         chat.start()
         try:

@@ -214,11 +214,14 @@ def signal_once():
 def hide(self, hide=client._Readline.hide):
     hide(self)
     signal_once()
+def unhide(self, prompt, unhide=client._Readline.unhide):
+    unhide(self, prompt)
+    signal_once()
 def write(self, text, write=client.ReadlineTerminal._write):
     write(self, text)
     if text.endswith("\\n") and self._showing:
         signal_once()
-client._Readline.hide = hide
+client._Readline.hide, client._Readline.unhide = hide, unhide
 client.ReadlineTerminal._write = write
 sys.exit(client.main())
 """
@@ -633,6 +636,7 @@ def test_line_that_comes_as_it_is_continued(server: ChatServer, bob: Peer, numbe
         assert [line for line in terminal.screen.lines if "news" in line] == [
             f"bob: news {count}" for count in range(3)
         ]
+        assert sum("half" in line for line in terminal.screen.lines) == 1
 
 
 class PlainTerminal(client.ReadlineTerminal):

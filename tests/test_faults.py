@@ -210,6 +210,25 @@ def test_a_server_that_cannot_listen_leaves_nothing() -> None:
                     ChatServer(port=server.port)
 
 
+def test_a_server_that_never_started_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be stopped, and one that fails to start is."""
+
+    def fail() -> None:
+        raise RuntimeError("no thread left")
+
+    with no_leaks():
+        server = ChatServer(port=0)
+        server.stop()
+        server.stop()
+        server = ChatServer(port=0)
+        monkeypatch.setattr(server._receiver, "start", fail)
+        with pytest.raises(RuntimeError, match="no thread left"), server:
+            pass
+        with pytest.raises(ConnectionError):
+            Peer(server.port)
+        close_peers()
+
+
 @pytest.mark.parametrize("error", [OSError(24, "too many"), MemoryError(), RuntimeError("odd")])
 def test_no_error_ends_accepting(
     room: ChatServer, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -341,6 +360,53 @@ def test_what_was_said_before_a_broken_connection_counts(
             "ghost: two",
             "* ghost left the chat",
         ]
+
+
+@pytest.mark.parametrize("held", [1000.0, 0.0])
+def test_who_talks_more_than_it_may_and_closes_is_heard_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, held: float
+) -> None:
+    """What is left of somebody who is gone comes at their rate, for as long as a place is kept."""
+    monkeypatch.setattr(server_module, "HELD", held)
+    may_read = reading_late(monkeypatch, "ghost")
+    with run_chat(rate_limit=50.0) as room:
+        alice, ghost = Peer(room.port).join("alice"), Peer(room.port).join("ghost")
+        lines = [f"line {number}" for number in range(server_module.BURST + 10)]
+        ghost.send(*lines, "/quit")
+        break_off(ghost, alice, room.broadcaster.outputs[session_of(room, "ghost")])
+        may_read.set()
+        heard = [line for line in alice.lines_until("* ghost left the chat") if "line" in line]
+        assert len(heard) == (len(lines) if held else server_module.BURST)
+        assert heard == [f"ghost: {line}" for line in lines[: len(heard)]]
+
+
+def test_questions_of_somebody_who_is_gone_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What has an effect on others is done, in whatever form it came."""
+    may_read = reading_late(monkeypatch, "ghost")
+    searches: list[str] = []
+    with run_chat() as room:
+        monkeypatch.setattr(room.history, "search", lambda *what: searches.append(what[0]))
+        alice, ghost = Peer(room.port).join("alice"), Peer(room.port).join("ghost")
+        alice.expect("* ghost joined the chat")
+        ghost.send("/search x", "ghost: /search x", "/Search x", "GHOST: /history", "/", "/names")
+        ghost.send(
+            "/me\twaves", "ghost: /me nods", "ghost: /msg\talice psst", "//names", "/what is"
+        )
+        ghost.send("/nick spirit", "/quit\tnow")
+        break_off(ghost, alice, room.broadcaster.outputs[session_of(room, "ghost")])
+        may_read.set()
+        lines = alice.lines_until("* spirit left the chat")
+        assert [line for line in lines if line != "alice: are you there"] == [
+            "** ghost waves",
+            "** ghost nods",
+            "[from ghost] psst",
+            "ghost: /names",
+            "* ghost is now spirit",
+            "* spirit left the chat",
+        ]
+    assert not searches
 
 
 def test_what_is_said_to_a_broken_connection_waits_nowhere(
@@ -548,7 +614,7 @@ def test_who_has_left_is_not_served_again(
     take_next, touched = room.broadcaster._take_next, []
 
     def watch(output: Output) -> bool:
-        if output.released:
+        if output.gate.released:
             touched.append(output)
         return take_next(output)
 

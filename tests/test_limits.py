@@ -27,7 +27,7 @@ from chat import (
 
 import protocol
 import server as server_module
-from server import ChatServer, Said
+from server import ChatServer, Client, Said, Secret
 
 REFUSED = "refused in the last minute: "
 
@@ -728,6 +728,34 @@ def test_wrong_passwords_slow_each_other_down(monkeypatch: pytest.MonkeyPatch) -
         other.send("right")
         other.expect_eventually("* other joined the chat")
         assert delays == [0.0]
+
+
+def test_waiting_for_ones_turn_costs_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline of somebody whose password is looked at late is later by as much."""
+    monkeypatch.setattr(server_module, "WRONG_DELAY", 0.0)
+    deadlines: list[float] = []
+    next_line, check = Client._next_line, Client._check
+
+    def watch(client: Client, deadline: float) -> bytes:
+        deadlines.append(deadline)
+        return next_line(client, deadline)
+
+    def check_late(client: Client, secret: Secret, given: bytes, key: str) -> bool:
+        client.gate.pause(0.05)
+        return check(client, secret, given, key)
+
+    monkeypatch.setattr(Client, "_next_line", watch)
+    monkeypatch.setattr(Client, "_check", check_late)
+    with run_chat(password="right") as server:
+        guesser = Peer(server.port).introduce("12")
+        guesser.expect("PASS")
+        guesser.send("wrong", "right").expect(protocol.WRONG_PASSWORD, "PASS")
+        guesser.expect_match("-> .*")
+        guesser.introduce("guesser").expect_eventually("* guesser joined the chat")
+    name, first, second, again = deadlines
+    assert name == first
+    assert second >= first + 0.05
+    assert again >= second + 0.05
 
 
 def test_guesses_that_come_at_once_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

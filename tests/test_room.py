@@ -173,8 +173,8 @@ def test_what_is_said_while_the_door_closes_is_delivered(
     alice, bob = pair(room.port)
     join = room._receiver.join
 
-    def join_late() -> None:
-        join()
+    def join_late(timeout: float | None) -> None:
+        join(timeout)
         alice.send("a late word")
         alice.expect("alice: a late word")
 
