@@ -394,9 +394,12 @@ def is_command(line: bytes) -> bool:
     return line.startswith(b"/") and not line.startswith(b"//")
 
 
+_VERB = re.compile(rb"/(\w*)(?: |$)")
+
+
 def is_question(line: bytes, prefix: bytes) -> bool:
     """Tell whether a client's line has an answer as its only effect, whatever else it is."""
-    match = re.match(rb"/(\w*)(?: |$)", without_name(line, prefix))
+    match = _VERB.match(line if line.startswith(b"/") else without_name(line, prefix))
     verb = match[1].decode("ascii").lower() if match else "me"
     return verb in QUESTIONS or not (verb in COMMANDS or verb in ALIASES)
 

@@ -1362,9 +1362,10 @@ class Gate:
             self._changed.wait_for(lambda: self.released)
 
     def break_off(self) -> None:
-        """Have nobody send anything any more."""
+        """Have nobody send anything any more; who asked more than it read is heard no further."""
         with self._changed:
             self.broken = True
+            self.closed |= self._is_full()
             self._ends_at = time.monotonic() + HELD
             self._changed.notify_all()
 
@@ -2721,8 +2722,8 @@ class Broadcaster:
             output.gate.close()
         with contextlib.suppress(Exception):
             self._sockets.watch(output, False)
-        output.drop()
         output.gate.break_off()
+        output.drop()
         if not isinstance(error, ConnectionError):  # which its thread finds by itself
             output.connection.abort()
         if output.session not in self.outputs:  # it has left already
