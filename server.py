@@ -7,8 +7,7 @@ or, from Python::
     with ChatServer(port=0) as server:
         print("listening on port", server.port)
 
-The way of a message, in the order in which it takes it and, but for the last but one, in
-which the functions stand below:
+The way of a message, in the order in which the functions stand below:
 
     ChatServer.receive          accepts a connection and starts its thread, which runs
     ChatServer.handle           from the first byte to the last:
@@ -17,9 +16,9 @@ which the functions stand below:
     Client.hear                 look at each line: said, or a command;
     Client.broadcast            hands it in as an entry, by
     EntryLog.hand_in            which wakes the broadcaster's thread.
-    Room.apply                  says what becomes of an entry, called in rounds by
-    Broadcaster._apply_waiting  which then has the lines get their positions, by
-    Store.keep                  and History.append, and
+    Room.apply                  says what becomes of an entry, and
+    Store.keep                  has the History give its lines their positions, in rounds of
+    Broadcaster._apply_waiting  behind which
     Broadcaster._send_slice     gives each client all that follows its cursor.
 
 Commands stand behind, then the histories (in memory, in a file) and the command line.
@@ -2241,6 +2240,33 @@ def _unkeyed(stay: Stay) -> str:
 # --- The broadcaster ---------------------------------------------------------
 
 
+class Store:
+    """Keeps rounds in the history, and logs when that fails and when it works again."""
+
+    def __init__(self, history: History, bans: tuple[Ban, ...]) -> None:
+        self.history = history
+        self._bans = bans  # as the history has them
+        self._works = True  # the last round was kept
+
+    def keep(self, room: Room) -> bool:
+        """Give a round's lines their positions, and keep changed bans; tell if it was possible."""
+        result, bans = room.result, None if room.bans == self._bans else list(room.bans)
+        try:
+            if result.lines or bans is not None:
+                self.history.append(result.lines, bans, result.turns)
+                self._bans = room.bans
+        except Exception as error:
+            if self._works:
+                unforeseen = not isinstance(error, NotStored)
+                log.error("cannot store what is said: %s", error, exc_info=unforeseen)
+            self._works = False
+            return False
+        if result.lines and not self._works:
+            log.info("what is said is stored again")
+            self._works = True
+        return True
+
+
 class Parting:
     """How somebody leaves: up to where it still gets the room, and how long that is waited for."""
 
@@ -2766,33 +2792,6 @@ class Broadcaster:
                 data, position = self.history.read(position, self.history.end)
                 for line in data.split(b"\n")[:-1]:
                     log.debug("%s", protocol.escape(line, self.history.fmt))
-
-
-class Store:
-    """Keeps rounds in the history, and logs when that fails and when it works again."""
-
-    def __init__(self, history: History, bans: tuple[Ban, ...]) -> None:
-        self.history = history
-        self._bans = bans  # as the history has them
-        self._works = True  # the last round was kept
-
-    def keep(self, room: Room) -> bool:
-        """Give a round's lines their positions, and keep changed bans; tell if it was possible."""
-        result, bans = room.result, None if room.bans == self._bans else list(room.bans)
-        try:
-            if result.lines or bans is not None:
-                self.history.append(result.lines, bans, result.turns)
-                self._bans = room.bans
-        except Exception as error:
-            if self._works:
-                unforeseen = not isinstance(error, NotStored)
-                log.error("cannot store what is said: %s", error, exc_info=unforeseen)
-            self._works = False
-            return False
-        if result.lines and not self._works:
-            log.info("what is said is stored again")
-            self._works = True
-        return True
 
 
 class Sockets:
