@@ -1763,19 +1763,24 @@ class Room:
         if is_leaving(entry):
             self.result.effects.append(End(entry.session, self.end, Ending.LEFT))
             if stay := self.by_session(entry.session) or before.by_session(entry.session):
-                self._strike(stay)
-        elif not is_awaited and not isinstance(entry, (Claim, Passed, *_OF_SERVERS)):
+                self._strike(stay, before)
+        elif isinstance(entry, Claim):  # it can be made again
+            self.result.effects = [e for e in self.result.effects if e.session != entry.session]
+            if stay := self.by_session(entry.session):
+                self._strike(stay, before)
+        elif not is_awaited and not isinstance(entry, (Passed, *_OF_SERVERS)):
             for _ in entry.lines if isinstance(entry, Said) else [entry]:
                 self._answer(entry.session, protocol.not_sent(protocol.UNFORESEEN))
 
-    def _strike(self, stay: Stay) -> None:
-        """End a stay, wherever it may still stand after a fault."""
+    def _strike(self, stay: Stay, before: Room) -> None:
+        """End a stay, wherever it may still stand after a fault, and say so if it was known."""
         self._unshare()
         self.stays.pop(stay.number, None)
         for index in (self.names, self.looks, self.keys, self.sessions):
             for key in [key for key, number in index.items() if number == stay.number]:
                 del index[key]  # type: ignore[arg-type]
-        self._announce(protocol.left(stay.name))
+        if stay.number in before.stays or protocol.joined(stay.name).encode() in self.result.lines:
+            self._announce(protocol.left(stay.name))
 
     def _unshare(self) -> None:
         """Have what entries change for the draft alone."""

@@ -715,6 +715,25 @@ def test_a_claim_that_fails_can_be_made_again(
     alice.join("alice")
 
 
+def test_a_claim_that_fails_half_way_leaves_nothing(
+    room: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name is free again, and nobody has heard of who was nearly in."""
+    bob = Peer(room.port).join("bob")
+    announce = Room._announce
+
+    def fail_once(draft: Room, line: str) -> None:
+        monkeypatch.setattr(Room, "_announce", announce)
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(Room, "_announce", fail_once)
+    alice = Peer(room.port).introduce("alice")
+    alice.expect("-> something went wrong here; try again")
+    assert room.names == ["bob"]
+    alice.join("alice")
+    bob.expect("* alice joined the chat")
+
+
 @pytest.mark.parametrize(("kind", "farewell"), [(Left, "/quit"), (Lost, "")])
 @pytest.mark.parametrize("half", [False, True])
 def test_who_leaves_is_gone_though_leaving_fails(
