@@ -1001,9 +1001,11 @@ class Secret:
                 self._free_at[address] = max(free_at, now + self._pace(address))
 
     def _pace(self, address: str) -> float:
+        assert self._lock.locked()
         return min(MAX_DELAY, WRONG_DELAY * self._wrong[address][0])
 
     def _forget(self, now: float) -> None:
+        assert self._lock.locked()
         for kept in (self._passed, self._free_at):
             for old in [one for one, when in kept.items() if when + FORGIVEN <= now]:
                 del kept[old]
