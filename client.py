@@ -729,6 +729,8 @@ class Inbox:
                 lambda: self._ended or len(self._lines) < MAX_WAITING or not self._is_read
             )
             if len(self._lines) >= MAX_WAITING:
+                if self._is_read:  # we leave, and what is read has no gap
+                    return
                 self._lines.popleft()
             self._lines.append(item)
             self._changed.notify_all()

@@ -213,11 +213,15 @@ def test_leaving_while_nobody_reads_on() -> None:
         lines = iter(chat)
         bob.send("hello")
         next(lines)
-        bob.send(*["x"] * 2 * client.MAX_WAITING)
+        bob.send(*map(str, range(2 * client.MAX_WAITING)))
         wait_until(lambda: len(chat._inbox._lines) >= client.MAX_WAITING, "as much to be unread")
         chat.leave()
         bob.expect_eventually("* alice left the chat")
         assert not chat._receiver.is_alive()
+        said = [str(line) for line in lines][-100:]
+        first = int(said[0].removeprefix("bob: "))
+        assert said == [f"bob: {number}" for number in range(first, first + 100)]
+        assert first < client.MAX_WAITING
 
 
 def test_goodbye_that_nobody_asked_for() -> None:
