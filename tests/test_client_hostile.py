@@ -247,11 +247,11 @@ def test_last_words_before_a_reset() -> None:
 
     The server that has kicked us may have read no more of us.
     """
-    is_busy, may_go_on = threading.Event(), threading.Event()
+    is_busy, has_typed, may_go_on = threading.Event(), threading.Event(), threading.Event()
 
     def talk(sock: socket.socket) -> None:
         greet(sock, b"bob: first\n")
-        assert is_busy.wait(DEADLINE)
+        assert has_typed.wait(DEADLINE)
         sock.sendall(b"bob: last\n-> you were kicked by bob\n")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()
@@ -270,6 +270,7 @@ def test_last_words_before_a_reset() -> None:
         chat.start()
         assert is_busy.wait(DEADLINE)
         chat.send("hello")
+        has_typed.set()
         wait_until(lambda: bool(chat.reason), "the client to end")
         chat.leave()
     assert chat.reason == "you were kicked by bob"
