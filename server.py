@@ -646,7 +646,7 @@ class Client:
 
         At most `MAX_ANSWER`: what fills the gate alone would wait for itself.
         """
-        if lines and not self.gate.broken:
+        if lines:
             entry = Answered(self.session, [_encoded(line) for line in lines])
             size = sum(map(len, entry.lines))
             self.gate.add(len(lines), size)

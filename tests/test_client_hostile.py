@@ -129,6 +129,8 @@ def test_welcome_and_then_silence(monkeypatch: pytest.MonkeyPatch) -> None:
         shown.wait_for("no answer from the server for")
         shown.wait_for("connection lost")
         flush(chat)
+        assert chat.failed == 0
+    assert len(tries) > 1
 
 
 def test_silence_while_something_waits(monkeypatch: pytest.MonkeyPatch) -> None:

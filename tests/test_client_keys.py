@@ -302,10 +302,13 @@ def test_letter_of_two_bytes_in_a_plain_locale(kind: str, locale: str) -> None:
             bob.expect("alice: naive")
 
 
-def test_refusal_names_the_format(terminal: Terminal) -> None:
-    """A letter that an ASCII room cannot carry is refused with the remedy."""
+def test_refusal_names_the_format(terminal: Terminal, bob: Peer) -> None:
+    """A letter that an ASCII room cannot carry is refused with the remedy; the text comes back."""
     terminal.type("grüße\r")
     terminal.wait_for("--format utf-8")
+    terminal.wait_for(prompts("grüße"))
+    terminal.type("\x7f" * 5 + "gruesse\r")
+    bob.expect("alice: gruesse")
 
 
 # --- Under a shell ----------------------------------------------------------------

@@ -256,6 +256,8 @@ def test_ctrl_c_that_readline_did_not_wait_for(server: ChatServer, bob: Peer) ->
         terminal.wait_for(prompts("half a line"))
         terminal.type(f"\x1b{int(signal.SIGINT)}\x14")
         terminal.wait_for(prompts(""))
+        terminal.type("another\r")
+        bob.expect("alice: another")
 
 
 def test_ctrl_c_while_a_lock_is_taken(server: ChatServer, bob: Peer) -> None:

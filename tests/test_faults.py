@@ -59,6 +59,7 @@ from server import (
 )
 
 KEY = "0123456789abcdef"
+CALL = "are you there"
 
 
 @pytest.fixture
@@ -324,15 +325,26 @@ def reading_late(monkeypatch: pytest.MonkeyPatch, name: str) -> threading.Event:
     return may_read
 
 
-def break_off(ghost: Peer, alice: Peer, output: Output) -> None:
-    """Close somebody's end, and have others talk until nothing can be sent to it any more."""
+def say_and_break_off(room: ChatServer, ghost: Peer, alice: Peer, *lines: str) -> Output:
+    """Have a ghost say lines and close, and others talk until nothing can be sent to it.
+
+    Return its output.
+    """
+    output = room.broadcaster.outputs[session_of(room, "ghost")]
+    ghost.send(*lines)
     ghost.close()
 
     def is_broken() -> bool:
-        alice.send("are you there")
+        alice.send(CALL)
         return output.gate.broken
 
     wait_until(is_broken, "the connection to be found broken")
+    return output
+
+
+def heard_up_to(alice: Peer, last: str) -> list[str]:
+    """Return what somebody hears up to a line, but for what they said to find out."""
+    return [line for line in alice.lines_until(last) if line != f"alice: {CALL}"]
 
 
 @pytest.mark.parametrize("inside_tls", [False, True], ids=["plain", "tls"])
@@ -349,11 +361,10 @@ def test_what_was_said_before_a_broken_connection_counts(
         alice.join("alice")
         ghost.introduce(f"ghost -0 {KEY}")
         alice.expect("* ghost joined the chat")
-        ghost.send("one", "/me waves", "/msg alice psst", "two", "/quit")
-        break_off(ghost, alice, room.broadcaster.outputs[session_of(room, "ghost")])
+        said = "one", "/me waves", "/msg alice psst", "two", "/quit"
+        say_and_break_off(room, ghost, alice, *said)
         may_read.set()
-        lines = alice.lines_until("* ghost left the chat")
-        assert [line for line in lines if line != "alice: are you there"] == [
+        assert heard_up_to(alice, "* ghost left the chat") == [
             "ghost: one",
             "** ghost waves",
             "[from ghost] psst",
@@ -372,10 +383,10 @@ def test_who_talks_more_than_it_may_and_closes_is_heard_for_a_while(
     with run_chat(rate_limit=50.0) as room:
         alice, ghost = Peer(room.port).join("alice"), Peer(room.port).join("ghost")
         lines = [f"line {number}" for number in range(server_module.BURST + 10)]
-        ghost.send(*lines, "/quit")
-        break_off(ghost, alice, room.broadcaster.outputs[session_of(room, "ghost")])
+        alice.expect("* ghost joined the chat")
+        say_and_break_off(room, ghost, alice, *lines, "/quit")
         may_read.set()
-        heard = [line for line in alice.lines_until("* ghost left the chat") if "line" in line]
+        *heard, _ = heard_up_to(alice, "* ghost left the chat")
         assert len(heard) == (len(lines) if held else server_module.BURST)
         assert heard == [f"ghost: {line}" for line in lines[: len(heard)]]
 
@@ -390,15 +401,11 @@ def test_questions_of_somebody_who_is_gone_are_not_looked_at(
         monkeypatch.setattr(room.history, "search", lambda *what: searches.append(what[0]))
         alice, ghost = Peer(room.port).join("alice"), Peer(room.port).join("ghost")
         alice.expect("* ghost joined the chat")
-        ghost.send("/search x", "ghost: /search x", "/Search x", "GHOST: /history", "/", "/names")
-        ghost.send(
-            "/me\twaves", "ghost: /me nods", "ghost: /msg\talice psst", "//names", "/what is"
-        )
-        ghost.send("/nick spirit", "/quit\tnow")
-        break_off(ghost, alice, room.broadcaster.outputs[session_of(room, "ghost")])
+        asked = "/search x", "ghost: /search x", "/Search x", "GHOST: /history", "/", "/names"
+        done = "/me\twaves", "ghost: /me nods", "ghost: /msg\talice psst", "//names", "/what is"
+        say_and_break_off(room, ghost, alice, *asked, *done, "/nick spirit", "/quit\tnow")
         may_read.set()
-        lines = alice.lines_until("* spirit left the chat")
-        assert [line for line in lines if line != "alice: are you there"] == [
+        assert heard_up_to(alice, "* spirit left the chat") == [
             "** ghost waves",
             "** ghost nods",
             "[from ghost] psst",
@@ -418,9 +425,7 @@ def test_what_is_said_to_a_broken_connection_waits_nowhere(
         alice = Peer(room.port).join("alice")
         ghost = Peer(room.port).join("ghost")
         alice.expect("* ghost joined the chat")
-        ghost.send("boo")
-        output = room.broadcaster.outputs[session_of(room, "ghost")]
-        break_off(ghost, alice, output)
+        output = say_and_break_off(room, ghost, alice, "boo")
         alice.send("/msg ghost psst")
         alice.expect_eventually("-> not sent: ghost is not reading; try again later")
         hand_in(room, *[Answered(output.session, [b"-> x\n"])] * 3)
